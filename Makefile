@@ -1,0 +1,69 @@
+# Everything a fresh machine needs is Python >= 3.11 with venv, pip, and make.
+# Paths are relative throughout, so that a checkout may lie anywhere, also under a name with spaces.
+
+PYTHON ?= python3
+VENV = .venv
+PY = $(VENV)/bin/python
+STAMP = $(VENV)/.complete
+# -P: with the checkout on sys.path, its folder kernels/ would pass for the Hugging Face package of that name.
+PYTEST = $(PY) -P -m pytest
+
+DEMO_ARGS =
+PYTEST_ARGS =
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types pytest test-slow format clean
+
+help:
+	@echo 'make demo       train examples/digits.py privately (DEMO_ARGS="--help" for its options)'
+	@echo 'make test       lint, types and tests'
+	@echo 'make lint       ruff, check and format'
+	@echo 'make types      mypy'
+	@echo 'make pytest     the tests alone (PYTEST_ARGS="-k exchange" for some of them)'
+	@echo 'make test-slow  the tests marked slow: audits and the like'
+	@echo 'make format     let ruff rewrite what it can'
+	@echo 'make env        build $(VENV) with the tested versions (all of the above do that first)'
+	@echo 'make clean      remove $(VENV), builds and caches'
+	@echo 'PYTHON=python3.12 VENV=.venv312, say, does the same in another environment.'
+
+demo: $(STAMP)
+	$(PY) examples/digits.py $(DEMO_ARGS)
+
+test: lint types pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP)
+	$(PY) -m mypy
+
+pytest: $(STAMP)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+env: $(STAMP)
+
+# The stamp is written last: an environment whose building was cut short has none, and is built anew.
+# torch goes first and alone, see constraints.txt.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo '`$(PYTHON)` must be Python 3.11 or newer. Name another one: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo '`$(PYTHON)` must have venv and ensurepip. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --no-input -c constraints.txt torch
+	$(PY) -m pip install --no-input -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist bridge/*.egg-info kernels/*.egg-info *.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
