@@ -1,0 +1,22 @@
+"""Differentially private training in JAX: clip, sum, noise. Knows nothing of torch."""
+
+from dpkernels._compat import refuse_broken_jaxlib
+from dpkernels.clipping import (
+    Aux,
+    BoundedSensitivityCallable,
+    clipped_fun,
+    clipped_grad,
+)
+from dpkernels.noise_addition import gaussian_privatizer
+from dpkernels.tree_clipping import clip_pytree
+
+__all__ = [
+    "Aux",
+    "BoundedSensitivityCallable",
+    "clip_pytree",
+    "clipped_fun",
+    "clipped_grad",
+    "gaussian_privatizer",
+]
+
+refuse_broken_jaxlib()

@@ -1,0 +1,365 @@
+"""Sums of clipped per-example gradients, with the sensitivity that noise is scaled by."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+
+from dpkernels import _validate
+from dpkernels.per_example import batch_size_of, sum_over_examples
+from dpkernels.tree_clipping import (
+    check_clip_norm,
+    clip_and_round_to_grid,
+    clip_pytree,
+    l2_norm,
+)
+
+PyTree = Any
+NeighboringRelation: TypeAlias = dp_accounting.NeighboringRelation
+
+
+class Aux(NamedTuple):
+    """What comes beside a clipped gradient: per example, not private.
+
+    Attributes:
+        values: `(batch,)` losses, or None.
+        grad_norms: `(batch,)` norms of the raw gradients, or None.
+        aux: The function's own auxiliary output with a batch axis, or None.
+    """
+
+    values: Any
+    grad_norms: Any
+    aux: Any
+
+
+@dataclass(frozen=True)
+class BoundedSensitivityCallable:
+    """A function of a batch whose value changes by a bounded amount when one example does.
+
+    Attributes:
+        bounded_sensitivity_fun: The function.
+        l2_norm_bound: The most that one example can add to its value, in L2 norm.
+        has_aux: Whether it returns `(value, aux)`. The bound is about `value` alone.
+    """
+
+    bounded_sensitivity_fun: Callable[..., Any]
+    l2_norm_bound: float
+    has_aux: bool
+
+    def __call__(self, *args: Any, is_padding_example: jax.Array | None = None) -> Any:
+        """Calls the function.
+
+        Args:
+            *args: Those of the function it was made from.
+            is_padding_example: `(batch,)` bools; True rows contribute exactly zero.
+
+        Raises:
+            ValueError: If the rows of the batch, or of `is_padding_example`, do not agree.
+        """
+        return self.bounded_sensitivity_fun(*args, is_padding_example=is_padding_example)
+
+    def sensitivity(
+        self, neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL
+    ) -> float:
+        """Returns the L2 sensitivity of the value.
+
+        Args:
+            neighboring_relation: Adding or removing an example, and zeroing it out, move the
+                value by its bound; replacing it by twice that.
+
+        Raises:
+            ValueError: If the relation is none of these.
+        """
+        factors = {
+            NeighboringRelation.ADD_OR_REMOVE_ONE: 1,
+            NeighboringRelation.REPLACE_SPECIAL: 1,
+            NeighboringRelation.REPLACE_ONE: 2,
+        }
+        _validate.one_of("neighboring_relation", neighboring_relation, factors)
+        return factors[neighboring_relation] * self.l2_norm_bound
+
+
+def clipped_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    l2_clip_norm: PyTree,
+    rescale_to_unit_norm: bool = False,
+    normalize_by: float = 1.0,
+    batch_argnums: int | Sequence[int] = 1,
+    keep_batch_dim: bool = True,
+    return_values: bool = False,
+    return_grad_norms: bool = False,
+    pre_clipping_transform: Callable[[PyTree], PyTree] | None = None,
+    microbatch_size: int | None = None,
+    nan_safe: bool = True,
+    dtype: Any = None,
+    prng_argnum: int | None = None,
+    spmd_axis_name: str | None = None,
+    grid_scale: float | None = None,
+) -> BoundedSensitivityCallable:
+    """Makes a function that clips the gradient of every example and sums them.
+
+    The signature and the semantics are those of JAX Privacy's function of this name.
+
+    Args:
+        fun: Returns a scalar loss, or `(loss, aux)` if `has_aux`. Called on one example (or one
+            group of examples) at a time; no example can see another.
+        argnums: The argument or arguments to differentiate, none of them in `batch_argnums`.
+        has_aux: Whether `fun` returns `(loss, aux)`.
+        l2_clip_norm: The bound on each gradient's L2 norm: a number, or a prefix tree of the
+            gradient to clip layers each by itself. May be traced.
+        rescale_to_unit_norm: Divides clipped gradients by the clip norm: the bound becomes 1.
+        normalize_by: The sum is divided by this public number. Never the drawn batch size.
+        batch_argnums: The arguments that have a batch axis, axis 0.
+        keep_batch_dim: Whether `fun` sees an example with a leading axis of 1, or without it.
+            Without it and with one more axis, clipping is per user.
+        return_values: Whether to return the losses.
+        return_grad_norms: Whether to return the norms of the gradients, before
+            `pre_clipping_transform` and clipping.
+        pre_clipping_transform: Applied to each gradient before it is clipped.
+        microbatch_size: How many examples are held in memory at once. Changes no result.
+        nan_safe: Whether an example whose gradient is not finite contributes zero.
+        dtype: Gradients are cast to this type before they are clipped, and summed in it.
+        prng_argnum: An argument that is a PRNG key: split, one for each example.
+        spmd_axis_name: See `jax.vmap`.
+        grid_scale: Rounds clipped gradients to integers, `grid_scale` steps to the clip norm.
+
+    Returns:
+        A callable with the arguments of `fun` and `is_padding_example`. It returns the gradient's
+        sum, or `(sum, Aux)` if `has_aux`, `return_values` or `return_grad_norms`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range, or arguments contradict each other.
+
+    Guarantees:
+        Adding, removing or zeroing out one example moves the sum by at most `sensitivity()` in L2
+        norm; replacing one by at most twice that.
+        A padding example contributes exactly zero, whatever it holds.
+        With `nan_safe`, an example with a non-finite gradient contributes exactly zero.
+        `Aux` is per example: each row depends on its own example alone. It is not private.
+
+    Source:
+        Abadi et al. 2016, algorithm 1; rescaling: De et al. 2022, arXiv 2204.13650.
+
+    Example:
+        >>> def loss(w, x):
+        ...     return jnp.sum(w * x)
+        >>> total = clipped_grad(loss, l2_clip_norm=1.0)
+        >>> total(jnp.zeros(2), jnp.array([[0.0, 4.0], [0.5, 0.0]])).tolist()
+        [0.5, 1.0]
+        >>> total.sensitivity()
+        1.0
+    """
+    _check_argnums(argnums, batch_argnums)
+    if pre_clipping_transform is None:
+        pre_clipping_transform = _identity
+    wants_aux = has_aux or return_values or return_grad_norms
+    value_and_grad = jax.value_and_grad(_with_aux(fun, has_aux), argnums, has_aux=True)
+
+    def gradient(*args: Any) -> Any:
+        (value, aux), raw = value_and_grad(*args)
+        result = pre_clipping_transform(raw)
+        if not wants_aux:
+            return result
+        norm = l2_norm(raw) if return_grad_norms else None
+        return result, Aux(value if return_values else None, norm, aux if has_aux else None)
+
+    return clipped_fun(
+        gradient,
+        wants_aux,
+        batch_argnums=batch_argnums,
+        keep_batch_dim=keep_batch_dim,
+        l2_clip_norm=l2_clip_norm,
+        rescale_to_unit_norm=rescale_to_unit_norm,
+        normalize_by=normalize_by,
+        microbatch_size=microbatch_size,
+        nan_safe=nan_safe,
+        dtype=dtype,
+        prng_argnum=prng_argnum,
+        spmd_axis_name=spmd_axis_name,
+        grid_scale=grid_scale,
+    )
+
+
+def clipped_fun(
+    fun: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    batch_argnums: int | Sequence[int] = 0,
+    keep_batch_dim: bool = True,
+    l2_clip_norm: PyTree = 1.0,
+    rescale_to_unit_norm: bool = False,
+    normalize_by: float = 1.0,
+    return_norms: bool = False,
+    microbatch_size: int | None = None,
+    nan_safe: bool = True,
+    dtype: Any = None,
+    prng_argnum: int | None = None,
+    spmd_axis_name: str | None = None,
+    grid_scale: float | None = None,
+) -> BoundedSensitivityCallable:
+    """Makes a function that clips the value of `fun` for every example and sums them.
+
+    `clipped_grad` is this function on gradients; see there for what is not described here.
+
+    Args:
+        fun: Returns a pytree of arrays, or `(value, aux)` if `has_aux`.
+        has_aux: Whether `fun` returns `(value, aux)`; only the value is clipped.
+        batch_argnums: See `clipped_grad`.
+        keep_batch_dim: See `clipped_grad`.
+        l2_clip_norm: See `clipped_grad`.
+        rescale_to_unit_norm: See `clipped_grad`.
+        normalize_by: See `clipped_grad`.
+        return_norms: Whether to return the norms before clipping.
+        microbatch_size: See `clipped_grad`.
+        nan_safe: See `clipped_grad`.
+        dtype: See `clipped_grad`.
+        prng_argnum: See `clipped_grad`.
+        spmd_axis_name: See `clipped_grad`.
+        grid_scale: See `clipped_grad`.
+
+    Returns:
+        A callable that returns the sum, `(sum, aux)`, `(sum, norms)` or `(sum, (aux, norms))`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If one is out of range, or arguments contradict each other.
+
+    Guarantees:
+        As for `clipped_grad`.
+
+    Example:
+        >>> clipped_fun(jnp.mean, l2_clip_norm=1.0)(jnp.array([0.5, 3.0])).item()
+        1.5
+    """
+    batch_args = _as_tuple(batch_argnums)
+    hint = "It must be a public number, such as the expected batch size."
+    normalize_by = _validate.positive("normalize_by", normalize_by, hint)
+    if microbatch_size is not None:
+        hint = "Pass how many examples fit in memory at once, or None."
+        microbatch_size = _validate.integer("microbatch_size", microbatch_size, hint, minimum=1)
+    for bound in jax.tree.leaves(l2_clip_norm):
+        check_clip_norm(bound)
+    if grid_scale is not None:
+        _check_grid(grid_scale, l2_clip_norm, rescale_to_unit_norm, normalize_by)
+    fun = _with_aux(fun, has_aux)
+
+    def clip(value: PyTree) -> tuple[PyTree, PyTree]:
+        if dtype is not None:
+            value = jax.tree.map(lambda x: x.astype(dtype), value)
+        if grid_scale is not None:
+            return clip_and_round_to_grid(value, l2_clip_norm, grid_scale)
+        return clip_pytree(value, l2_clip_norm, rescale_to_unit_norm)
+
+    def summed(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
+        batch_size = batch_size_of(args, batch_args)
+        is_padding = _padding_mask(is_padding_example, batch_size)
+        batched = {argnum: args[argnum] for argnum in batch_args}
+        if prng_argnum is not None:
+            split = jax.tree.map(lambda key: jax.random.split(key, batch_size), args[prng_argnum])
+
+        def one_example(example: PyTree, is_padding: jax.Array) -> tuple[PyTree, PyTree]:
+            rows, key = example
+            if keep_batch_dim:
+                rows = jax.tree.map(lambda x: x[None], rows)
+            filled = [rows.get(i, key if i == prng_argnum else arg) for i, arg in enumerate(args)]
+            value, aux = fun(*filled)
+            clipped, norms = clip(value)
+            is_finite = jnp.stack([jnp.isfinite(norm) for norm in jax.tree.leaves(norms)]).all()
+            drop = is_padding | ~is_finite if nan_safe else is_padding
+            return jax.tree.map(lambda x: jnp.where(drop, 0, x), clipped), (aux, norms)
+
+        keys = split if prng_argnum is not None else None
+        rows = jax.tree.map(jnp.asarray, batched)
+        value, (aux, norms) = sum_over_examples(
+            one_example,
+            (rows, keys),
+            is_padding,
+            microbatch_size=microbatch_size,
+            spmd_axis_name=spmd_axis_name,
+        )
+        if normalize_by != 1:
+            value = jax.tree.map(lambda x: x / normalize_by, value)
+        if keep_batch_dim:
+            aux = jax.tree.map(_drop_axis_1, aux)
+        extras = {(True, False): aux, (False, True): norms, (True, True): (aux, norms)}
+        which = (has_aux, return_norms)
+        return (value, extras[which]) if which in extras else value
+
+    bound = _norm_bound(l2_clip_norm, rescale_to_unit_norm, grid_scale) / normalize_by
+    return BoundedSensitivityCallable(summed, bound, has_aux or return_norms)
+
+
+def _norm_bound(l2_clip_norm: PyTree, rescale_to_unit_norm: bool, grid_scale: float | None) -> Any:
+    bounds = jax.tree.leaves(l2_clip_norm)
+    if grid_scale is not None:
+        return grid_scale
+    if rescale_to_unit_norm:
+        return math.sqrt(len(bounds))
+    if len(bounds) == 1:
+        return bounds[0]
+    if any(isinstance(bound, jax.core.Tracer) for bound in bounds):
+        return jnp.sqrt(sum(jnp.square(bound) for bound in bounds))
+    return math.sqrt(sum(float(bound) ** 2 for bound in bounds))
+
+
+def _padding_mask(is_padding_example: jax.Array | None, batch_size: int) -> jax.Array:
+    if is_padding_example is None:
+        return jnp.zeros((batch_size,), bool)
+    mask = jnp.asarray(is_padding_example)
+    if mask.shape != (batch_size,) or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"`is_padding_example` must be bools of shape ({batch_size},), got {mask.dtype} of "
+            f"shape {mask.shape}. Pass one bool for each row of the batch."
+        )
+    return mask
+
+
+def _check_argnums(argnums: int | Sequence[int], batch_argnums: int | Sequence[int]) -> None:
+    wanted, batched = _as_tuple(argnums), _as_tuple(batch_argnums)
+    if not wanted or not batched or min(wanted + batched) < 0 or set(wanted) & set(batched):
+        raise ValueError(
+            "`argnums` and `batch_argnums` must be non-empty, non-negative and have nothing in "
+            f"common, got {argnums} and {batch_argnums}. Differentiate what has no batch axis."
+        )
+
+
+def _check_grid(
+    grid_scale: float, l2_clip_norm: PyTree, rescale_to_unit_norm: bool, normalize_by: float
+) -> None:
+    hint = "Pass how many integer steps the clip norm spans."
+    _validate.positive("grid_scale", grid_scale, hint)
+    if rescale_to_unit_norm or normalize_by != 1 or len(jax.tree.leaves(l2_clip_norm)) != 1:
+        raise ValueError(
+            "`grid_scale` must come with one clip norm and without `rescale_to_unit_norm` or "
+            f"`normalize_by`, got {l2_clip_norm}, {rescale_to_unit_norm} and {normalize_by}. "
+            "Rescale after the noise."
+        )
+    if jax.dtypes.canonicalize_dtype(jnp.int64) != jnp.int64:
+        raise ValueError(
+            "`grid_scale` must be used with 64-bit types, got a process where they are off. "
+            'Call jax.config.update("jax_enable_x64", True).'
+        )
+
+
+def _as_tuple(argnums: int | Sequence[int]) -> tuple[int, ...]:
+    return (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+
+def _with_aux(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    return fun if has_aux else lambda *args: (fun(*args), None)
+
+
+def _drop_axis_1(array: jax.Array) -> jax.Array:
+    return array.squeeze(1) if array.ndim >= 2 and array.shape[1] == 1 else array
+
+
+def _identity(pytree: PyTree) -> PyTree:
+    return pytree
