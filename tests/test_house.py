@@ -47,6 +47,13 @@ def test_importing_leaves_the_settings_of_jax_alone():
     )
 
 
+def test_importing_keeps_jax_from_taking_the_whole_gpu():
+    check = "assert os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == "
+    run("import os, dpbridge\n" + check + "'false'")
+    set_first = "import os\nos.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'true'\nimport dpbridge\n"
+    run(set_first + check + "'true'")
+
+
 def test_every_package_is_in_the_distribution():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")

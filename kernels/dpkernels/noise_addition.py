@@ -46,6 +46,7 @@ def gaussian_privatizer(
     Raises:
         ValueError: If `stddev` is negative, infinite or NaN.
         TypeError: If `dtype` is not float32 or float64, or the key is not a Threefry key.
+        NotImplementedError: From `update`, if a leaf is not of a floating-point type.
 
     Guarantees:
         Each coordinate receives an independent draw of N(0, stddev²).
@@ -119,6 +120,11 @@ def _scalar(value: float | jax.Array) -> Any:
 
 
 def _add_noise(leaf: jax.Array, key: jax.Array, stddev: float | jax.Array, dtype: Any) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise NotImplementedError(
+            f"Sums must be of a floating-point type, got {leaf.dtype}. Integers, as `grid_scale` "
+            "makes them, need discrete Gaussian noise, which is not supported yet."
+        )
     wide = jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32
     kind = jnp.dtype(dtype or wide)
     noise = standard_normal(key, leaf.shape, kind) * jnp.asarray(stddev, kind)

@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpkernels.tree_clipping import widest
-
 PyTree = Any
 
 
@@ -57,25 +55,21 @@ def sum_over_examples(
         spmd_axis_name: See `jax.vmap`.
 
     Returns:
-        The sums, added up in float32 or better and in the dtype of the summands; the stack.
+        The sums, added up in the dtype of the summands; the stack.
     """
     batch_size = is_padding_example.shape[0]
 
     def together(rows: PyTree, is_padding: jax.Array) -> tuple[PyTree, PyTree]:
         mapped = jax.vmap(fun, spmd_axis_name=spmd_axis_name)
         values, aux = mapped(rows, is_padding)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=_sum_dtype(x)), values), aux
-
-    def narrow(sums: PyTree, like: PyTree) -> PyTree:
-        return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, like)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), values), aux
 
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batched)
     value, aux = jax.eval_shape(fun, row, jax.ShapeDtypeStruct((), jnp.bool_))
     if batch_size == 0:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), value), _empty(aux)
     if microbatch_size is None or microbatch_size >= batch_size:
-        sums, stacked = together(batched, is_padding_example)
-        return narrow(sums, value), stacked
+        return together(batched, is_padding_example)
 
     count = -(-batch_size // microbatch_size)
     padded_to = count * microbatch_size
@@ -94,16 +88,10 @@ def sum_over_examples(
         sums, stacked = jax.lax.cond(skip, lambda *_: zeros, together, *microbatch)
         return jax.tree.map(jnp.add, total, sums), stacked
 
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, _sum_dtype(x)), value)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), value)
     sums, stacked = jax.lax.scan(body, zero, microbatches)
     joined = jax.tree.map(lambda x: x.reshape(padded_to, *x.shape[2:])[:batch_size], stacked)
-    return narrow(sums, value), joined
-
-
-def _sum_dtype(array: jax.Array) -> Any:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array.dtype
-    return widest([array])
+    return sums, joined
 
 
 def _empty(aux: PyTree) -> PyTree:

@@ -259,8 +259,26 @@ def test_clipped_grad_splits_its_key_once_an_example(microbatch_size):
 def test_clipped_grad_sums_half_precision_in_float32():
     function = clipped_grad(lambda w, x: jnp.sum(w * x), l2_clip_norm=1e6)
     found = function(jnp.zeros(1, jnp.bfloat16), jnp.full((2048, 1), 1.0, jnp.bfloat16))
-    assert found.dtype == jnp.bfloat16
+    assert found.dtype == jnp.float32
     assert found.item() == 2048  # One by one in bfloat16 the sum sticks at 256.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_clipped_grad_moves_by_its_sensitivity_in_half_precision(dtype):
+    function = jax.jit(clipped_grad(lambda w, x: jnp.sum(w * x), l2_clip_norm=1.0))
+    x = jnp.full((258, 4096), 1 / 64, dtype)
+    more, fewer = function(jnp.zeros(4096, dtype), x), function(jnp.zeros(4096, dtype), x[1:])
+    assert jnp.linalg.norm(more - fewer) <= 1 + 1e-5
+
+
+def test_clipped_fun_does_not_wrap_small_integers():
+    function = clipped_fun(lambda x: x, keep_batch_dim=False, l2_clip_norm=100.0)
+    assert function(jnp.array([100, 100], jnp.int8)).item() == 200
+
+
+def test_clipped_fun_refuses_complex_values():
+    with pytest.raises(TypeError, match="What is clipped must be real, got complex64"):
+        clipped_fun(lambda x: x * 1j, l2_clip_norm=1.0)(jnp.ones(3))
 
 
 def test_clipped_grad_casts_before_clipping():

@@ -114,6 +114,12 @@ def test_make_key_refuses_a_seed(seed, error):
         make_key(seed)
 
 
+def test_noise_on_integers_is_refused():
+    noise = gaussian_privatizer(stddev=1.0, prng_key=0)
+    with pytest.raises(NotImplementedError, match="need discrete Gaussian noise"):
+        noise.update({"w": jnp.zeros(3, jnp.int32)}, noise.init(None))
+
+
 def test_make_key_uses_all_64_bits():
     low, high = make_key(7), make_key(7 + 2**63)
     assert not np.array_equal(jax.random.key_data(low), jax.random.key_data(high))

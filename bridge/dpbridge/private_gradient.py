@@ -1,0 +1,222 @@
+"""The private half of a step: clip and sum in JAX, noise once, and only then back to torch."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import nn
+
+from dpbridge._compat import x64
+from dpbridge.batches import Batch, pad, padded_size
+from dpbridge.clipped_sum import Arrays, ClippedSum, sensitivity, settle
+from dpbridge.exchange import finish, to_jax
+from dpbridge.fingerprint import Fingerprint
+from dpbridge.self_check import check_gradients
+from dpbridge.streams import Stream, dropout_stream, noise_stream
+from dpkernels import gaussian_privatizer
+from dpkernels.noise_addition import NoiseState
+from dpkernels.tree_clipping import widest
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What is released at each logical step: a noised clipped sum over a public number.
+
+    Attributes:
+        l2_clip_norm: Bound on each example's gradient.
+        noise_multiplier: Standard deviation of the noise over the sensitivity.
+        expected_batch_size: The public number that the sum is divided by.
+    """
+
+    l2_clip_norm: float
+    noise_multiplier: float
+    expected_batch_size: float
+
+    @property
+    def stddev(self) -> float:
+        """Standard deviation of the noise on the sum."""
+        return self.noise_multiplier * sensitivity(self.l2_clip_norm)
+
+
+@dataclass(eq=False)
+class PrivateGradient:
+    """The clipped sum of one logical batch, held in JAX until it is noised.
+
+    Attributes:
+        model: The module.
+        loss_fn: The loss, or None if the model returns it.
+        mechanism: What to release.
+        seed: Of the noise and of dropout, below 2**64.
+        microbatch_size: How many examples JAX holds at once.
+        self_check: Whether to compare the first batch of each compiled program with torch.
+        steps: How many releases there were: the position in the noise stream.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[..., Any] | None
+    mechanism: Mechanism
+    seed: int
+    microbatch_size: int | None
+    self_check: bool
+    steps: int = 0
+    _parts: int = 0
+    _drawn: int = 0
+    _sums: Arrays | None = None
+    _programs: dict[Hashable, ClippedSum] = field(default_factory=dict)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a batch was added since the last release."""
+        return self._parts > 0
+
+    @property
+    def drawn(self) -> int:
+        """How many examples were added since the last release."""
+        return self._drawn
+
+    def discard(self) -> None:
+        """Forgets what was added since the last release."""
+        self._sums, self._parts, self._drawn = None, 0, 0
+
+    def add(self, batch: Batch, trainable: Tensors) -> torch.Tensor:
+        """Adds the clipped gradients of a batch to those added since the last release.
+
+        Whatever goes wrong, an interrupt included, all that was added before is forgotten too: a
+        part that is added again would count twice.
+
+        Args:
+            batch: Examples; may be empty.
+            trainable: The parameters to differentiate, by name.
+
+        Returns:
+            The mean loss, a scalar tensor on the parameters' device; 0 for an empty batch.
+
+        Raises:
+            IndexError: If a label or token is out of range.
+            RuntimeError: If torch's own gradients differ from those of the compiled program, or
+                other parameters are trainable than in the batches before.
+            ValueError: If the model holds another parameter by a name than the optimizer.
+        """
+        try:
+            self.check_names(trainable)
+            if batch.size == 0:
+                self._parts += 1
+                return torch.zeros((), device=batch.tensors[0].device)
+            with x64():
+                sums, loss = self._clip_and_sum(batch, trainable)
+        except BaseException:
+            self.discard()
+            raise
+        self._sums, self._parts, self._drawn = sums, self._parts + 1, self._drawn + batch.size
+        return loss
+
+    def _clip_and_sum(self, batch: Batch, trainable: Tensors) -> tuple[Arrays, torch.Tensor]:
+        size = padded_size(batch.size, self.mechanism.expected_batch_size)
+        tensors = pad(batch, size)
+        clipped_sum = self._program(batch, trainable, tensors)
+        result = clipped_sum(
+            trainable,
+            tensors,
+            np.arange(size) >= batch.size,
+            stream=dropout_stream(self.seed, self.steps, self._parts),
+            l2_clip_norm=self.mechanism.l2_clip_norm,
+        )
+        loss = settle(result)
+        return result.sums if self._sums is None else _add(self._sums, result.sums), loss
+
+    def release(self, trainable: Tensors) -> dict[str, torch.Tensor]:
+        """Returns the noised mean gradient of all that was added, and starts anew.
+
+        Args:
+            trainable: The parameters that were differentiated, by name.
+
+        Returns:
+            For each name a tensor of the parameter's shape, dtype and device.
+
+        Raises:
+            RuntimeError: If other parameters are trainable than when the batches were added.
+
+        Guarantees:
+            Each coordinate is (clipped sum + N(0, (noise_multiplier · l2_clip_norm)²)) divided by
+            `expected_batch_size`, whatever the number of examples drawn.
+            Noise is drawn once, however many batches were added.
+        """
+        self.check_names(trainable)
+        with x64():
+            sums = self._sums if self._sums is not None else _zeros(trainable)
+            noised = _noised(
+                sums,
+                noise_stream(self.seed),
+                np.uint32(self.steps),
+                np.float64(self.mechanism.stddev),
+                np.float64(self.mechanism.expected_batch_size),
+            )
+            self.steps += 1
+            self.discard()
+            dtypes = {name: parameter.dtype for name, parameter in trainable.items()}
+            return {name: finish(noised[name]).to(dtypes[name]) for name in trainable}
+
+    def check_names(self, trainable: Tensors) -> None:
+        """Raises RuntimeError if other parameters are trainable than in what was added."""
+        if self._sums is not None and self._sums.keys() != trainable.keys():
+            changed = ", ".join(sorted(self._sums.keys() ^ trainable.keys()))
+            raise RuntimeError(
+                f"Parameters must not be frozen or unfrozen between `backward` and `step`, got a "
+                f"change of {changed}. Do so after `step`, or call zero_grad and start anew."
+            )
+
+    def _program(
+        self, batch: Batch, trainable: Tensors, tensors: tuple[torch.Tensor, ...]
+    ) -> ClippedSum:
+        """Returns the program for such a batch, lowered and checked if that is still to be done."""
+        dtypes = tuple((name, parameter.dtype) for name, parameter in trainable.items())
+        kind, size = (batch.signature, dtypes), tensors[0].shape[0]
+        program = self._programs.get((kind, self._fingerprint().key))
+        if program is None:
+            program = ClippedSum(self.model, self.loss_fn, batch, trainable, self.microbatch_size)
+        if size not in program.ready_sizes:
+            if self.self_check:
+                check_gradients(program, self.model, self.loss_fn, batch, tensors, trainable)
+            program.ready_sizes.add(size)
+            # Filed under what the model is now: one that counts its own calls has changed since
+            # the look-up, and would otherwise be lowered anew at every step.
+            program.fingerprint = self._fingerprint()
+            self._programs[kind, program.fingerprint.key] = program
+            while len(self._programs) > _MOST_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
+        return program
+
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.model, self.loss_fn)
+
+
+_MOST_PROGRAMS = 64
+
+
+@jax.jit
+def _add(left: Arrays, right: Arrays) -> Arrays:
+    return jax.tree.map(jnp.add, left, right)
+
+
+@jax.jit
+def _noised(
+    sums: Arrays,
+    stream: Stream,
+    step: jax.Array,
+    stddev: jax.Array,
+    expected_batch_size: jax.Array,
+) -> Arrays:
+    privatizer = gaussian_privatizer(stddev=stddev)
+    noised, _ = privatizer.update(sums, NoiseState(stream.key(), step))
+    return jax.tree.map(lambda x: x / expected_batch_size.astype(x.dtype), noised)
+
+
+def _zeros(trainable: Tensors) -> Arrays:
+    arrays = to_jax(dict(trainable))
+    return {name: jnp.zeros_like(x, dtype=widest([x])) for name, x in arrays.items()}

@@ -1,0 +1,33 @@
+"""Every example runs in its short form."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SHORT = {
+    "digits.py": ["--steps", "30", "--report-every", "15", "--floor", "0.6"],
+}
+
+
+def test_every_example_has_a_short_form():
+    assert set(SHORT) == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_example_runs(name, tmp_path):
+    picture = tmp_path / "picture.png"
+    command = [sys.executable, EXAMPLES / name, *SHORT[name], "--plot", picture]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "target 8" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_fails_its_own_check_below_the_floor():
+    command = [sys.executable, EXAMPLES / "digits.py", "--steps", "2", "--floor", "1.1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "accuracy is below 1.1" in done.stderr
