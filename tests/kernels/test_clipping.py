@@ -278,7 +278,7 @@ def test_clipped_fun_does_not_wrap_small_integers():
 
 def test_clipped_fun_refuses_complex_values():
     with pytest.raises(TypeError, match="What is clipped must be real, got complex64"):
-        clipped_fun(lambda x: x * 1j, l2_clip_norm=1.0)(jnp.ones(3))
+        clipped_fun(lambda x: jax.lax.complex(x, x), l2_clip_norm=1.0)(jnp.ones(3))
 
 
 def test_clipped_grad_casts_before_clipping():
