@@ -1,5 +1,6 @@
-"""Every example runs in its short form."""
+"""Every example runs in its short form, and the loop of the README as it stands there."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,24 @@ def test_digits_fails_its_own_check_below_the_floor():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "accuracy is below 1.1" in done.stderr
+
+
+SETTING = """
+import torch
+
+def make_model():
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+dataset = torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.randint(3, (1000,)))
+"""
+
+
+def test_the_loop_of_the_readme_runs():
+    text = (EXAMPLES.parent / "README.md").read_text()
+    loop, helpers = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = SETTING + loop.replace("steps=300", "steps=3") + helpers + "print(noise_multiplier)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    spent, noise_multiplier = map(float, done.stdout.split())
+    assert spent > 0
+    assert noise_multiplier > 0

@@ -151,6 +151,23 @@ def test_buffers_of_model_and_loss_do_not_collide():
     assert_model_matches(model, loss_fn, batch())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "weight_norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_weight_norm_equals_torch(weight_norm):
+    layers = [weight_norm(nn.Linear(4, 4), dim=dim) for dim in (0, 1, None)]
+    assert_model_matches(nn.Sequential(*layers), F.mse_loss, batch())
+
+
+@pytest.mark.parametrize(
+    "spectral_norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_spectral_norm_is_refused(spectral_norm):
+    with pytest.raises(NotImplementedError, match=r"has no lowering rule|must not carry data"):
+        run_program(spectral_norm(nn.Linear(4, 4)), F.mse_loss, batch())
+
+
 # Inputs
 
 
@@ -545,7 +562,20 @@ def test_autocast_is_refused():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return self.linear(x).float()
 
-    expect_refusal(forward, "wrap_with_autocast")
+    expect_refusal(forward, "must not use torch.autocast")
+
+
+def test_autocast_that_is_off_equals_torch():
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.linear(x)
+
+    matches(forward)
+
+
+def test_autocast_around_the_call_is_refused():
+    with torch.autocast("cpu"):
+        expect_refusal(lambda self, x: self.linear(x), r"torch\.autocast must be off")
 
 
 def test_random_numbers_in_forward_are_refused():

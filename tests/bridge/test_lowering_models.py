@@ -294,8 +294,8 @@ MODELS = {
     ),
 }  # fmt: skip
 
-AS_IN_USE = ("mlp", "resnet", "gpt, tied")
-IN_FLOAT64 = ("cnn", "gpt, tied", "encoder, post-norm, causal", "text classifier")
+AS_IN_USE = ("resnet", "gpt, tied")
+IN_FLOAT64 = ("cnn", "gpt, tied", "text classifier")
 
 
 def in_float64(tree):

@@ -1,6 +1,5 @@
 """Arithmetic, comparison and the functions of one number."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +20,20 @@ def absolute(x: jax.Array) -> jax.Array:
     return x * jnp.sign(x)
 
 
-def _operands(call: Call, *values: Operand) -> list[jax.Array]:
+def operands(call: Call, *values: Operand) -> list[jax.Array]:
+    """Casts to the dtype of the result, or to float32 if that is a 16-bit float."""
     return [widen(jnp.asarray(value, call.dtype)) for value in values]
 
 
 @register_lowering(aten.add.Tensor, aten.add.Scalar)
 def _add(call: Call, x: Operand, y: Operand, alpha: Scalar = 1) -> jax.Array:
-    x, y = _operands(call, x, y)
+    x, y = operands(call, x, y)
     return x + y if alpha == 1 else x + y * alpha
 
 
 @register_lowering(aten.sub.Tensor, aten.sub.Scalar)
 def _sub(call: Call, x: Operand, y: Operand, alpha: Scalar = 1) -> jax.Array:
-    x, y = _operands(call, x, y)
+    x, y = operands(call, x, y)
     return x - y if alpha == 1 else x - y * alpha
 
 
@@ -44,7 +44,7 @@ def _rsub(call: Call, x: Operand, y: Operand, alpha: Scalar = 1) -> jax.Array:
 
 @register_lowering(aten.div.Tensor_mode, aten.div.Scalar_mode)
 def _div_mode(call: Call, x: Operand, y: Operand, rounding_mode: str | None = None) -> jax.Array:
-    x, y = _operands(call, x, y)
+    x, y = operands(call, x, y)
     if rounding_mode is None:
         return x / y
     x, y = lax.stop_gradient(x), lax.stop_gradient(y)
@@ -61,7 +61,7 @@ def _floor_divide(call: Call, x: Operand, y: Operand) -> jax.Array:
 
 @register_lowering(aten.pow.Tensor_Scalar)
 def _pow_scalar(call: Call, x: jax.Array, exponent: Scalar) -> jax.Array:
-    (x,) = _operands(call, x)
+    (x,) = operands(call, x)
     if exponent == 0.5:
         return jnp.sqrt(x)
     if exponent == int(exponent) and abs(exponent) <= 8:
@@ -71,7 +71,7 @@ def _pow_scalar(call: Call, x: jax.Array, exponent: Scalar) -> jax.Array:
 
 @register_lowering(aten.pow.Tensor_Tensor, aten.pow.Scalar)
 def _pow_tensor(call: Call, x: Operand, exponent: jax.Array) -> jax.Array:
-    x, exponent = _operands(call, x, exponent)
+    x, exponent = operands(call, x, exponent)
     # JAX's gradient at 0**0 is NaN, torch's 0.
     return jnp.power(jnp.where((x == 0) & (exponent == 0), 1, x), exponent)
 
@@ -85,23 +85,9 @@ def _float_power(call: Call, x: Operand, exponent: Operand) -> jax.Array:
     return _pow_scalar(call, jnp.asarray(x, call.dtype), exponent)
 
 
-@register_lowering(aten.fmax.default)
-def _fmax(call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
-    x, y = _operands(call, x, y)
-    greatest = jnp.maximum(x, y) if _bounds_share() else jnp.where(x >= y, x, y)
-    return jnp.where(jnp.isnan(x), y, jnp.where(jnp.isnan(y), x, greatest))
-
-
-@register_lowering(aten.fmin.default)
-def _fmin(call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
-    x, y = _operands(call, x, y)
-    least = jnp.minimum(x, y) if _bounds_share() else jnp.where(x <= y, x, y)
-    return jnp.where(jnp.isnan(x), y, jnp.where(jnp.isnan(y), x, least))
-
-
 @register_lowering(aten.lerp.Scalar, aten.lerp.Tensor)
 def _lerp(call: Call, start: jax.Array, end: jax.Array, weight: Operand) -> jax.Array:
-    start, end, weight = _operands(call, start, end, weight)
+    start, end, weight = operands(call, start, end, weight)
     return jnp.where(
         jnp.abs(weight) < 0.5,
         start + weight * (end - start),
@@ -111,98 +97,19 @@ def _lerp(call: Call, start: jax.Array, end: jax.Array, weight: Operand) -> jax.
 
 @register_lowering(aten.addcmul.default)
 def _addcmul(call: Call, x: jax.Array, a: jax.Array, b: jax.Array, value: Scalar = 1) -> jax.Array:
-    x, a, b = _operands(call, x, a, b)
+    x, a, b = operands(call, x, a, b)
     return x + value * a * b
 
 
 @register_lowering(aten.addcdiv.default)
 def _addcdiv(call: Call, x: jax.Array, a: jax.Array, b: jax.Array, value: Scalar = 1) -> jax.Array:
-    x, a, b = _operands(call, x, a, b)
+    x, a, b = operands(call, x, a, b)
     return x + value * (a / b)
-
-
-@functools.cache
-def _bounds_share() -> bool:
-    """Whether an element equal to a bound shares the gradient with it.
-
-    It does from torch 2.15 on, where a number as a bound takes all of it; before, the element did.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros((), requires_grad=True)
-        (gradient,) = torch.autograd.grad(x.clamp(0), x)
-    return not gradient.item()
-
-
-def bounded(x: jax.Array, low: Operand | None, high: Operand | None = None) -> jax.Array:
-    """Clamps, with the gradient at the bounds that torch has."""
-    if not _bounds_share():
-        x = x if low is None else jnp.where(x < low, low, x)
-        return x if high is None else jnp.where(x > high, high, x)
-    if not (isinstance(low, jax.Array) or isinstance(high, jax.Array)):
-        x = x if low is None else jnp.where(x <= low, low, x)
-        return x if high is None else jnp.where(x >= high, high, x)
-    shared = x if low is None else jnp.maximum(x, low)
-    shared = shared if high is None else jnp.minimum(shared, high)
-    if low is None or high is None:
-        return shared
-    # Where the bounds are equal, only one of the three gets the gradient.
-    single = jnp.where(x < low, low, jnp.where(x > high, high, x))
-    return jnp.where(low == high, single, shared)
-
-
-@register_lowering(aten.clamp.default, aten.clamp.Tensor)
-def _clamp(
-    call: Call, x: jax.Array, low: Operand | None = None, high: Operand | None = None
-) -> jax.Array:
-    (x,) = _operands(call, x)
-    low, high = (
-        bound.astype(x.dtype) if isinstance(bound, jax.Array) else bound for bound in (low, high)
-    )
-    return bounded(x, low, high)
-
-
-@register_lowering(aten.clamp_min.default, aten.clamp_min.Tensor)
-def _clamp_min(call: Call, x: jax.Array, low: Operand) -> jax.Array:
-    return _clamp(call, x, low)
-
-
-@register_lowering(aten.clamp_max.default, aten.clamp_max.Tensor)
-def _clamp_max(call: Call, x: jax.Array, high: Operand) -> jax.Array:
-    return _clamp(call, x, None, high)
-
-
-@register_lowering(
-    aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar
-)
-def _where(call: Call, condition: jax.Array, x: Operand, y: Operand) -> jax.Array:
-    x, y = _operands(call, x, y)
-    return jnp.where(condition.astype(bool), x, y)
-
-
-@register_lowering(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def _masked_fill(call: Call, x: jax.Array, mask: jax.Array, value: Operand) -> jax.Array:
-    return jnp.where(mask, jnp.asarray(value, x.dtype), x)
-
-
-@register_lowering(aten.nan_to_num.default)
-def _nan_to_num(
-    call: Call,
-    x: jax.Array,
-    nan: float | None = None,
-    posinf: float | None = None,
-    neginf: float | None = None,
-) -> jax.Array:
-    limits = torch.finfo(call.result.dtype) if call.result.dtype.is_floating_point else None
-    if limits is None:
-        return x
-    x = jnp.where(jnp.isnan(x), 0.0 if nan is None else nan, x)
-    x = jnp.where(jnp.isposinf(x), limits.max if posinf is None else posinf, x)
-    return jnp.where(jnp.isneginf(x), limits.min if neginf is None else neginf, x)
 
 
 @register_lowering(aten.logit.default)
 def _logit(call: Call, x: jax.Array, eps: float | None = None) -> jax.Array:
-    (x,) = _operands(call, x)
+    (x,) = operands(call, x)
     if eps is not None:
         x = jnp.where(x < eps, eps, jnp.where(x > 1 - eps, 1 - eps, x))
     return jnp.log(x / (1 - x))
@@ -247,13 +154,13 @@ def _to_copy(call: Call, x: jax.Array, **kwargs: Any) -> jax.Array:
 def _register_unary(op: Any, function: Callable[[jax.Array], jax.Array]) -> None:
     @register_lowering(op)
     def unary(call: Call, x: jax.Array) -> jax.Array:
-        return function(*_operands(call, x))
+        return function(*operands(call, x))
 
 
 def _register_binary(op: Any, function: Callable[..., jax.Array]) -> None:
     @register_lowering(op)
     def binary(call: Call, x: Operand, y: Operand) -> jax.Array:
-        return function(*_operands(call, x, y))
+        return function(*operands(call, x, y))
 
 
 def _register_test(op: Any, function: Callable[..., jax.Array]) -> None:

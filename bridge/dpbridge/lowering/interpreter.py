@@ -312,6 +312,16 @@ def _without_gradient(result: Any, outer_cells: set[int]) -> Any:
     return result
 
 
+def _autocast_region(
+    run: Run, device: str, dtype: Any, enabled: bool, cache: Any, body: GraphModule, *operands: Any
+) -> list[Any]:
+    if enabled:
+        raise NotImplementedError(
+            "The model must not use torch.autocast, got one in forward. Cast model and inputs."
+        )
+    return _evaluate(body, list(operands), run)
+
+
 def _checkpoint_region(run: Run, body: GraphModule, *operands: Any) -> list[Any]:
     """A `torch.utils.checkpoint` block: what to keep for backward is XLA's choice here."""
     return _evaluate(body, list(operands), run)
@@ -319,5 +329,6 @@ def _checkpoint_region(run: Run, body: GraphModule, *operands: Any) -> list[Any]
 
 _REGIONS: dict[Any, Callable[..., list[Any]]] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: _set_grad_region,
+    torch.ops.higher_order.wrap_with_autocast: _autocast_region,
     torch.ops.higher_order.tag_activation_checkpoint: _checkpoint_region,
 }

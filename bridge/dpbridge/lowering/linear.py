@@ -84,7 +84,7 @@ def _register_fused(op: Any, product: Callable[[jax.Array, jax.Array], jax.Array
         return y + (x if beta == 1 else x * beta)
 
 
-for _name in ("matmul", "mm", "bmm", "mv", "dot"):
+for _name in ("matmul", "mm", "bmm", "mv", "dot", "vdot"):
     _register_product(getattr(aten, _name).default, jnp.matmul)
 _register_product(aten.outer.default, jnp.outer)
 _register_product(aten.ger.default, jnp.outer)

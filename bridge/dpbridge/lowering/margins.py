@@ -6,9 +6,9 @@ import torch
 from jax import lax
 
 from dpbridge.lowering.dtypes import Scalar, widen
-from dpbridge.lowering.elementwise import bounded
 from dpbridge.lowering.losses import MEAN, in_dtype_of, reduce
 from dpbridge.lowering.reductions import vector_norm
+from dpbridge.lowering.selection import bounded
 from dpbridge.lowering.table import Call, register_lowering
 
 aten = torch.ops.aten

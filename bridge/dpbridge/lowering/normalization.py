@@ -107,5 +107,6 @@ def _batch_norm(call: Call, *args: Any, **kwargs: Any) -> jax.Array:
 
 @register_lowering(aten._weight_norm.default)
 def _weight_norm(call: Call, v: jax.Array, g: jax.Array, dim: int = 0) -> jax.Array:
-    axes = tuple(axis for axis in range(v.ndim) if axis != dim % v.ndim)
+    # To torch, -1 is no axis here but all of them.
+    axes = tuple(axis for axis in range(v.ndim) if axis != dim)
     return v * (g / safe_sqrt(jnp.sum(jnp.square(v), axes, keepdims=True)))

@@ -1,7 +1,6 @@
 """The boundary: a torch model and loss become the JAX program of one example's loss."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from dpbridge.lowering.export import export_loss
 from dpbridge.lowering.interpreter import Tensor, evaluate
 from dpbridge.lowering.table import Run
 
@@ -84,9 +82,13 @@ def lower(
     Raises:
         ValueError: If the loss is not a scalar floating-point tensor.
         NotImplementedError: If forward branches on data, keeps state, or reaches a parameter by a
-            way that its gradient cannot follow; when the program is traced, if an op has no rule.
+            way that its gradient cannot follow; if there are hooks on gradients, or autocast is
+            on; and, when the program is traced, if an op has no rule.
+
+    >>> example = (torch.ones(1, 2), torch.ones(1, 1))
+    >>> lower(nn.Linear(2, 1), nn.MSELoss(), example, {}).inputs
+    ('weight', 'bias', None, None)
     """
-    _check_hooks(model)
     leaves, structure = jax.tree.flatten((args, dict(kwargs)), is_leaf=lambda leaf: leaf is None)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
@@ -95,8 +97,7 @@ def lower(
         filled = [next(waiting) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         return loss_of_example(model, loss_fn, *jax.tree.unflatten(structure, filled))
 
-    exported = _export(_LossModule(model, loss_fn, loss_of), tensors)
-    _check_scalar(exported)
+    exported = export_loss(model, loss_fn, loss_of, tensors)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state = {**exported.state_dict, **exported.constants}
     names = {id(tensor): name for name, tensor in reversed(parameters.items())}
@@ -116,20 +117,6 @@ def lower(
     return Program(exported.graph_module, tuple(inputs), constants, [])
 
 
-def _check_hooks(model: nn.Module) -> None:
-    """Refuses hooks on gradients, which torch.export passes over."""
-    hooked = [
-        name
-        for name, owner in [*model.named_modules(), *model.named_parameters()]
-        if owner._backward_hooks or getattr(owner, "_backward_pre_hooks", None)
-    ]
-    if hooked:
-        raise NotImplementedError(
-            f"`{hooked[0]}` must have no backward hook: per-example gradients are computed in "
-            "JAX, where it would not run. Remove the hook."
-        )
-
-
 def loss_of_example(
     model: nn.Module,
     loss_fn: Callable[..., Any] | None,
@@ -142,133 +129,6 @@ def loss_of_example(
         return getattr(output, "loss", output)
     *inputs, target = args
     return loss_fn(model(*inputs, **kwargs), target)
-
-
-class _LossModule(nn.Module):
-    """Holds model and loss as submodules, so that export lifts the tensors of both."""
-
-    def __init__(self, model: nn.Module, loss_fn: Any, loss_of: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-        self.loss_of = loss_of
-        self.training = model.training
-        self.rewritten: set[str] = set()
-
-    def forward(self, *leaves: torch.Tensor) -> Any:
-        before = _attributes(self)
-        loss = self.loss_of(*leaves)
-        self.rewritten.update(_restore(self, before))
-        return loss
-
-
-def _attributes(root: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns buffers and plain tensor attributes of all modules, by their path."""
-    return {
-        f"{path}.{name}": value
-        for path, module in root.named_modules()
-        for name, value in [*vars(module).items(), *module.named_buffers(recurse=False)]
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def _restore(root: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
-    """Undoes assignments to attributes, and returns which there were."""
-    changed = [name for name, value in _attributes(root).items() if before.get(name) is not value]
-    for name in changed:
-        path, _, attribute = name.rpartition(".")
-        if name in before:
-            setattr(root.get_submodule(path), attribute, before[name])
-        else:
-            delattr(root.get_submodule(path), attribute)
-    return changed
-
-
-def _export(module: _LossModule, tensors: tuple[torch.Tensor, ...]) -> ExportedProgram:
-    try:
-        with (
-            _replaced(nn.modules.transformer, "_detect_is_causal_mask", _no_causal_hint),
-            _replaced(torch.Tensor, "register_hook", _no_tensor_hook),
-        ):
-            exported = torch.export.export(module, tensors, strict=False)
-    except RuntimeError as error:
-        if _reads_data(error):
-            raise NotImplementedError(
-                f"The model must not branch on values of its data:\n{error}\n"
-                "Use torch.where, or compute the branch outside forward."
-            ) from error
-        error.add_note(
-            "dpbridge was exporting the model for one example, whose leading axis is 1. What "
-            "torch.export cannot follow are .data, .numpy() and other ways around autograd."
-        )
-        raise
-    placeholders = exported.graph.find_nodes(op="placeholder")
-    specs = zip(placeholders, exported.graph_signature.input_specs, strict=True)
-    read = {spec.target for node, spec in specs if node.users}
-    kept = module.rewritten & (read | dict(module.named_buffers()).keys())
-    if kept:
-        raise NotImplementedError(
-            f"`{min(kept).removeprefix('model.')}` must not carry data from one forward to the "
-            "next, as examples are independent here, got an assignment to it in forward. Return "
-            "the tensor instead."
-        )
-    return exported
-
-
-def _reads_data(error: RuntimeError) -> bool:
-    # torch has no public name for what `.item()` on an example raises.
-    by_name = type(error).__name__ == "DataDependentOutputException"
-    return by_name or isinstance(error, GuardOnDataDependentSymNode)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, substitute: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, substitute)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def _no_causal_hint(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
-    """Keeps nn.TransformerEncoder from branching on the values of its mask.
-
-    It looks whether the mask is causal only to choose a faster kernel; the mask itself is applied
-    in either case.
-    """
-    return is_causal is True
-
-
-def _no_tensor_hook(tensor: torch.Tensor, hook: Any) -> None:
-    raise NotImplementedError(
-        "The model must not register hooks on tensors: gradients are computed in JAX, where they "
-        f"would not run, got {hook}. Write what it does into forward."
-    )
-
-
-def _check_scalar(exported: ExportedProgram) -> None:
-    (output,) = exported.graph.find_nodes(op="output")
-    results = [
-        result.meta["val"] if isinstance(result, torch.fx.Node) else result
-        for result in output.args[0]
-    ]
-    if len(results) == 1 and _is_float_scalar(results[0]):
-        return
-    got = ", ".join(
-        f"{result.dtype} of shape {tuple(result.shape)}"
-        if isinstance(result, torch.Tensor)
-        else repr(result)
-        for result in results
-    )
-    raise ValueError(
-        f"`loss_fn` must return one floating-point scalar for one example, got {got}. "
-        "Use reduction='mean' or reduce the loss over all axes."
-    )
-
-
-def _is_float_scalar(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == 0 and value.is_floating_point()
 
 
 def _check_constant(

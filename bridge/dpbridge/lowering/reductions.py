@@ -1,4 +1,4 @@
-"""Sums, means, norms, extrema, sorting: what makes one number, or an order, of many."""
+"""Sums, means, norms and extrema: what makes one number of many."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -269,65 +269,3 @@ def _cumprod(call: Call, x: jax.Array, dim: int, *, dtype: Any = None) -> jax.Ar
 @register_lowering(aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
 def _count_nonzero(call: Call, x: jax.Array, dim: Dims = None) -> jax.Array:
     return jnp.sum((x != 0).astype(jnp.int64), axes_of(x, dim))
-
-
-def _sorted(x: jax.Array, dim: int, descending: bool) -> tuple[jax.Array, jax.Array]:
-    index = jnp.argsort(x, axis=dim, descending=descending, stable=True)
-    return jnp.take_along_axis(x, index, dim), index
-
-
-@register_lowering(aten.sort.default)
-def _sort(
-    call: Call, x: jax.Array, dim: int = -1, descending: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    return _sorted(x, dim, descending)
-
-
-@register_lowering(aten.sort.stable)
-def _sort_stable(
-    call: Call, x: jax.Array, *, stable: bool | None, dim: int = -1, descending: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    return _sorted(x, dim, descending)
-
-
-@register_lowering(aten.argsort.default)
-def _argsort(call: Call, x: jax.Array, dim: int = -1, descending: bool = False) -> jax.Array:
-    return _sorted(x, dim, descending)[1]
-
-
-@register_lowering(aten.argsort.stable)
-def _argsort_stable(
-    call: Call, x: jax.Array, *, stable: bool, dim: int = -1, descending: bool = False
-) -> jax.Array:
-    return _sorted(x, dim, descending)[1]
-
-
-@register_lowering(aten.topk.default)
-def _topk(
-    call: Call, x: jax.Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> tuple[jax.Array, jax.Array]:
-    index = jnp.argsort(x, axis=dim, descending=largest, stable=True)
-    index = jax.lax.slice_in_dim(index, 0, k, axis=dim)
-    return jnp.take_along_axis(x, index, dim), index
-
-
-@register_lowering(aten.kthvalue.default)
-def _kthvalue(
-    call: Call, x: jax.Array, k: int, dim: int = -1, keepdim: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    order = jnp.argsort(x, axis=dim, stable=True)
-    return pick(x, jax.lax.slice_in_dim(order, k - 1, k, axis=dim), dim, keepdim)
-
-
-@register_lowering(aten.median.dim)
-def _median_dim(
-    call: Call, x: jax.Array, dim: int, keepdim: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    return _kthvalue(call, x, (x.shape[dim] + 1) // 2, dim, keepdim)
-
-
-@register_lowering(aten.median.default)
-def _median(call: Call, x: jax.Array) -> jax.Array:
-    middle = jnp.sort(jax.lax.stop_gradient(x).reshape(-1))[(x.size - 1) // 2]
-    # Equal values share the gradient, as in torch; jnp.max does that.
-    return jnp.max(jnp.where(x <= middle, x, jnp.min(x)))

@@ -1,5 +1,6 @@
 """Ops that move and repeat elements without computing."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from dpbridge.lowering.table import Call, register_lowering, shares_memory
 
 aten = torch.ops.aten
 
-_view = {"is_alias": shares_memory}
+_register_view = functools.partial(register_lowering, is_alias=shares_memory)
 
 
-@register_lowering(
+@_register_view(
     aten.view.default,
     aten._unsafe_view.default,
     aten.view_as.default,
@@ -33,18 +34,17 @@ _view = {"is_alias": shares_memory}
     aten.atleast_1d.default,
     aten.atleast_2d.default,
     aten.atleast_3d.default,
-    **_view,
 )
 def _reshape(call: Call, x: jax.Array, *args: Any) -> jax.Array:
     return x.reshape(call.shape)
 
 
-@register_lowering(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default, **_view)
+@_register_view(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 def _expand(call: Call, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     return jnp.broadcast_to(x, call.shape)
 
 
-@register_lowering(aten.contiguous.default, aten.alias.default, **_view)
+@_register_view(aten.contiguous.default, aten.alias.default)
 def _alias(call: Call, x: jax.Array, **kwargs: Any) -> jax.Array:
     return x
 
@@ -54,42 +54,42 @@ def _clone(call: Call, x: jax.Array, **kwargs: Any) -> jax.Array:
     return x
 
 
-@register_lowering(aten.detach.default, **_view)
+@_register_view(aten.detach.default)
 def _detach(call: Call, x: jax.Array) -> jax.Array:
     return lax.stop_gradient(x)
 
 
-@register_lowering(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, **_view)
+@_register_view(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def _transpose(call: Call, x: jax.Array, first: int, second: int) -> jax.Array:
     return jnp.swapaxes(x, first, second) if x.ndim else x
 
 
-@register_lowering(aten.t.default, aten.numpy_T.default, **_view)
+@_register_view(aten.t.default, aten.numpy_T.default)
 def _reverse_axes(call: Call, x: jax.Array) -> jax.Array:
     return x.T
 
 
-@register_lowering(aten.mT.default, **_view)
+@_register_view(aten.mT.default)
 def _matrix_transpose(call: Call, x: jax.Array) -> jax.Array:
     return x.mT
 
 
-@register_lowering(aten.permute.default, **_view)
+@_register_view(aten.permute.default)
 def _permute(call: Call, x: jax.Array, dims: Sequence[int]) -> jax.Array:
     return jnp.transpose(x, dims)
 
 
-@register_lowering(aten.movedim.int, aten.movedim.intlist, **_view)
+@_register_view(aten.movedim.int, aten.movedim.intlist)
 def _movedim(call: Call, x: jax.Array, source: Any, destination: Any) -> jax.Array:
     return jnp.moveaxis(x, source, destination)
 
 
-@register_lowering(aten.select.int, **_view)
+@_register_view(aten.select.int)
 def _select(call: Call, x: jax.Array, dim: int, index: int) -> jax.Array:
     return lax.index_in_dim(x, index, dim, keepdims=False)
 
 
-@register_lowering(aten.slice.Tensor, **_view)
+@_register_view(aten.slice.Tensor)
 def _slice(
     call: Call,
     x: jax.Array,
@@ -102,7 +102,7 @@ def _slice(
     return lax.slice_in_dim(x, first, max(first, last), step, dim)
 
 
-@register_lowering(aten.narrow.default, **_view)
+@_register_view(aten.narrow.default)
 def _narrow(call: Call, x: jax.Array, dim: int, start: int, length: int) -> jax.Array:
     first = start % max(x.shape[dim], 1) if start < 0 else start
     return lax.slice_in_dim(x, first, first + length, 1, dim)
@@ -114,40 +114,39 @@ def _parts(call: Call, x: jax.Array, dim: int) -> list[jax.Array]:
     return [lax.slice_in_dim(x, *bounds, 1, dim) for bounds in zip(starts, ends, strict=True)]
 
 
-@register_lowering(
+@_register_view(
     aten.split.Tensor,
     aten.split.sizes,
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.tensor_split.sections,
     aten.tensor_split.indices,
-    **_view,
 )
 def _split(call: Call, x: jax.Array, how: Any, dim: int = 0) -> list[jax.Array]:
     return _parts(call, x, dim)
 
 
-@register_lowering(aten.hsplit.int, aten.hsplit.array, **_view)
+@_register_view(aten.hsplit.int, aten.hsplit.array)
 def _hsplit(call: Call, x: jax.Array, how: Any) -> list[jax.Array]:
     return _parts(call, x, min(x.ndim - 1, 1))
 
 
-@register_lowering(aten.vsplit.int, aten.vsplit.array, **_view)
+@_register_view(aten.vsplit.int, aten.vsplit.array)
 def _vsplit(call: Call, x: jax.Array, how: Any) -> list[jax.Array]:
     return _parts(call, x, 0)
 
 
-@register_lowering(aten.unbind.int, **_view)
+@_register_view(aten.unbind.int)
 def _unbind(call: Call, x: jax.Array, dim: int = 0) -> list[jax.Array]:
     return [lax.index_in_dim(x, i, dim, keepdims=False) for i in range(x.shape[dim])]
 
 
-@register_lowering(aten.diagonal.default, **_view)
+@_register_view(aten.diagonal.default)
 def _diagonal(call: Call, x: jax.Array, offset: int = 0, dim1: int = 0, dim2: int = 1) -> jax.Array:
     return jnp.diagonal(x, offset, dim1, dim2)
 
 
-@register_lowering(aten.unfold.default, **_view)
+@_register_view(aten.unfold.default)
 def _unfold(call: Call, x: jax.Array, dim: int, size: int, step: int) -> jax.Array:
     if x.ndim == 0:
         return x.reshape(call.shape)

@@ -116,6 +116,10 @@ def register_lowering(*ops: Any, is_alias: IsAlias | None = None) -> Callable[[R
 
     Raises:
         ValueError: If an op has a rule already.
+
+    >>> @register_lowering(torch.ops.aten.sinc.default)
+    ... def sinc(call, x):
+    ...     return jnp.sinc(x)
     """
 
     def register(rule: Rule) -> Rule:
@@ -201,8 +205,10 @@ _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 _FAMILIES = (
     "elementwise",
+    "selection",
     "activations",
     "reductions",
+    "sorting",
     "shapes",
     "creation",
     "indexing",
