@@ -69,6 +69,7 @@ class Fingerprint:
 
 def _is_filled(cell: types.CellType) -> bool:
     try:
-        return bool(cell.cell_contents) or True
+        _ = cell.cell_contents
     except ValueError:  # The variable is not assigned yet.
         return False
+    return True

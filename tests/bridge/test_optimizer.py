@@ -732,6 +732,17 @@ def test_a_loss_changed_between_steps_is_lowered_anew():
     torch.testing.assert_close(optimizer.backward(*make_batch()), 2 * once)
 
 
+def test_a_loss_may_close_over_a_tensor():
+    scales = torch.tensor([1.0, 2.0, 3.0])
+    x, y = make_batch(5)
+    model = make_model()
+    optimizer = make_optimizer(
+        model, loss_fn=lambda output, y: functional.cross_entropy(output * scales, y)
+    )
+    expected = functional.cross_entropy(model(x) * scales, y).detach()
+    torch.testing.assert_close(optimizer.backward(x, y), expected)
+
+
 def test_programs_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(dpbridge.private_gradient, "_MOST_PROGRAMS", 2)
     model = Scaled()
