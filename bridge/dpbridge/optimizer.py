@@ -248,7 +248,7 @@ class DPOptimizer(Optimizer):
                 "`backward` must be given the target last, got no positional argument. "
                 "Call backward(*inputs, target)."
             )
-        trainable = self._trainable()
+        trainable = self._trainable(self._grouped())
         device = device_of(self._gradient.model)
         return self._gradient.add(take_apart(args, kwargs, device), trainable)
 
@@ -274,15 +274,16 @@ class DPOptimizer(Optimizer):
                 "`step` must follow a call of `backward`, got none since the last step or "
                 "zero_grad. Call backward(x, y) on each batch, on an empty draw too."
             )
-        trainable = self._trainable()
+        grouped = self._grouped()
+        trainable = self._trainable(grouped)
         self._gradient.check_names(trainable)
-        self._check_grads()
+        self._check_grads(grouped)
         self.ledger.record(
             noise_multiplier=self.noise_multiplier,
             sampling_prob=self.sampling_prob if self._is_plausible_draw() else None,
         )
         released = self._gradient.release(trainable)
-        for name, parameter in self._grouped().items():
+        for name, parameter in grouped.items():
             # One that was frozen since the last step keeps no gradient, whosever it is.
             parameter.grad = released.get(name)
         self._released = {name: grad.data_ptr() for name, grad in released.items()}
@@ -422,8 +423,8 @@ class DPOptimizer(Optimizer):
         self._check_membership(parameters)  # Groups can be added to the wrapped optimizer too.
         return dict(sorted((self._names[p], p) for p in parameters))
 
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        found = {name: p for name, p in self._grouped().items() if p.requires_grad}
+    def _trainable(self, grouped: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        found = {name: p for name, p in grouped.items() if p.requires_grad}
         if not found:
             raise ValueError(
                 "The optimizer must hold a parameter that requires a gradient, got none. "
@@ -455,8 +456,8 @@ class DPOptimizer(Optimizer):
                 f"{shapes}. Build it from model.parameters()."
             )
 
-    def _check_grads(self) -> None:
-        for name, parameter in self._grouped().items():
+    def _check_grads(self, grouped: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in grouped.items():
             grad = parameter.grad
             if grad is not None and grad.data_ptr() != self._released.get(name):
                 raise RuntimeError(
