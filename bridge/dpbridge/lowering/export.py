@@ -66,9 +66,25 @@ class _LossModule(nn.Module):
 
     def forward(self, *leaves: torch.Tensor) -> Any:
         before = _attributes(self)
-        loss = self.loss_of(*leaves)
+        with _kept_weights(self):
+            loss = self.loss_of(*leaves)
         self.rewritten.update(_restore(self, before))
         return loss
+
+
+@contextmanager
+def _kept_weights(root: nn.Module) -> Iterator[None]:
+    """Keeps the lists that recurrent layers have of their weights.
+
+    They follow the stand-ins of the weights while those are traced, of which torch.export warns.
+    """
+    layers = [module for module in root.modules() if isinstance(module, nn.RNNBase)]
+    kept = [(list(layer._flat_weights), list(layer._flat_weight_refs)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, (weights, references) in zip(layers, kept, strict=True):
+            layer._flat_weights, layer._flat_weight_refs = weights, references
 
 
 def _attributes(root: nn.Module) -> dict[str, torch.Tensor]:
@@ -98,6 +114,7 @@ def _export(module: _LossModule, tensors: tuple[torch.Tensor, ...]) -> ExportedP
         with (
             _replaced(nn.modules.transformer, "_detect_is_causal_mask", _no_causal_hint),
             _replaced(torch.Tensor, "register_hook", _no_tensor_hook),
+            _replaced(nn.utils.rnn.PackedSequence, "__new__", _no_packing),
         ):
             return torch.export.export(module, tensors, strict=False)
     except RuntimeError as error:
@@ -142,6 +159,13 @@ def _no_tensor_hook(tensor: torch.Tensor, hook: Any) -> None:
     raise NotImplementedError(
         "The model must not register hooks on tensors: gradients are computed in JAX, where they "
         f"would not run, got {hook}. Write what it does into forward."
+    )
+
+
+def _no_packing(cls: type, *args: Any, **kwargs: Any) -> None:
+    raise NotImplementedError(
+        "The model must not pack sequences: how many of them go on is known only from the data. "
+        "Pass them padded, and take what you need from the output."
     )
 
 
