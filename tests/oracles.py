@@ -4,6 +4,12 @@ import math
 
 import numpy as np
 
+# In tests of tiny programs compiling costs most and running nothing.
+QUICK_TO_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
 
 def clipped_sum(gradients, l2_clip_norm, *, rescale=False, normalize_by=1.0):
     """Adds up per-example gradients (dicts of arrays), each clipped, in float64."""
@@ -91,3 +97,59 @@ def torch_per_example_gradients(model, loss_fn, args, kwargs=None):
         for (name, p), grad in zip(named.items(), grads, strict=True):
             gradients[name].append(torch.zeros_like(p) if grad is None else grad)
     return torch.stack(losses), {name: torch.stack(grads) for name, grads in gradients.items()}
+
+
+def jax_per_example_gradients(model):
+    """Float64 losses and gradients of a model of `kernel_models`, one example at a time.
+
+    Returns:
+        A list of losses, and a list of gradients as dicts from the path of a leaf to its array.
+    """
+    import jax
+
+    options = model.clipped_grad_options
+    argnums = options["argnums"]
+    with jax.enable_x64(True):
+        args = jax.tree.map(_in_float64, model.args)
+        size = len(jax.tree.leaves(args[model.batch_argnums[0]])[0])
+        keys = None
+        if "prng_argnum" in options:
+            keys = jax.random.split(args[options["prng_argnum"]], size)
+        has_aux = options.get("has_aux", False)
+        function = jax.jit(
+            jax.value_and_grad(model.loss, argnums, has_aux=has_aux),
+            compiler_options=QUICK_TO_COMPILE,
+        )
+        values, gradients = [], []
+        for i in range(size):
+            row = slice(i, i + 1) if options["keep_batch_dim"] else i
+            example = list(args)
+            for argnum in model.batch_argnums:
+                example[argnum] = jax.tree.map(lambda leaf, row=row: leaf[row], args[argnum])
+            if keys is not None:
+                example[options["prng_argnum"]] = keys[i]
+            value, gradient = function(*example)
+            values.append(float(value[0] if has_aux else value))
+            gradients.append(by_path(gradient))
+    return values, gradients
+
+
+def by_path(tree):
+    """Turns a pytree of arrays into a dict from the path of a leaf to its array in float64."""
+    import jax
+
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+
+
+def norm(tree):
+    """The L2 norm of a dict of arrays, in float64 and safe from overflow."""
+    return math.hypot(*(float(np.linalg.norm(array)) for array in tree.values()))
+
+
+def _in_float64(leaf):
+    import jax
+    import jax.numpy as jnp
+
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.numpy.asarray(np.asarray(leaf, np.float64)) if is_float else leaf

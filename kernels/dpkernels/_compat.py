@@ -1,5 +1,9 @@
 """What differs between the supported releases of JAX, in one place."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax.extend.core as jexc
 import jaxlib.version
 
 
@@ -16,3 +20,19 @@ def refuse_broken_jaxlib(version: str = jaxlib.version.__version__) -> None:
             "jaxlib must not be 0.10.2, which computes wrong per-example gradients on the CPU, got "
             f"{version}. Install another release, such as jax==0.10.1."
         )
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates an equation of a jaxpr; custom derivative rules survive."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Before jax 0.9.2: functions to be called, and parameters.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def inner_jaxpr(eqn: Any) -> jexc.ClosedJaxpr:
+    """Returns the program inside a call or a loop."""
+    inner = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+    # `remat` holds a jaxpr without its constants, because it has none.
+    return inner if isinstance(inner, jexc.ClosedJaxpr) else jexc.ClosedJaxpr(inner, ())

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from dpkernels import _validate
-from dpkernels.per_example import batch_size_of, sum_over_examples
+from dpkernels.per_example import Examples, sum_over_examples, sum_over_microbatches
+from dpkernels.tapped.explain import Explanation
+from dpkernels.tapped.gradient import TappedGradient
 from dpkernels.tree_clipping import (
     check_clip_norm,
     clip_and_round_to_grid,
@@ -20,6 +22,7 @@ from dpkernels.tree_clipping import (
 )
 
 PyTree = Any
+STRATEGIES = ("auto", "gram", "product", "materialize")
 NeighboringRelation: TypeAlias = dp_accounting.NeighboringRelation
 
 
@@ -45,11 +48,13 @@ class BoundedSensitivityCallable:
         bounded_sensitivity_fun: The function.
         l2_norm_bound: The most that one example can add to its value, in L2 norm.
         has_aux: Whether it returns `(value, aux)`. The bound is about `value` alone.
+        explain_fun: What `explain` calls, or None.
     """
 
     bounded_sensitivity_fun: Callable[..., Any]
     l2_norm_bound: float
     has_aux: bool
+    explain_fun: Callable[..., Explanation] | None = None
 
     def __call__(self, *args: Any, is_padding_example: jax.Array | None = None) -> Any:
         """Calls the function.
@@ -62,6 +67,27 @@ class BoundedSensitivityCallable:
             ValueError: If the rows of the batch, or of `is_padding_example`, do not agree.
         """
         return self.bounded_sensitivity_fun(*args, is_padding_example=is_padding_example)
+
+    def explain(self, *args: Any) -> Explanation:
+        """Says how norm and clipped sum of every parameter are found, and what that costs.
+
+        Args:
+            *args: Those of a call. Only shapes and types count.
+
+        Returns:
+            What prints as a table: each parameter, the equations that use it, the form chosen,
+            floating point operations and bytes.
+
+        Raises:
+            NotImplementedError: If every gradient is materialised.
+        """
+        if self.explain_fun is None:
+            raise NotImplementedError(
+                "`explain` must be asked of a gradient that is taken apart; this one forms the "
+                'value of every example. Use `clipped_grad` with strategy="auto", without '
+                "`pre_clipping_transform`, `dtype` and `grid_scale`."
+            )
+        return self.explain_fun(*args)
 
     def sensitivity(
         self, neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL
@@ -103,6 +129,7 @@ def clipped_grad(
     prng_argnum: int | None = None,
     spmd_axis_name: str | None = None,
     grid_scale: float | None = None,
+    strategy: str = "auto",
 ) -> BoundedSensitivityCallable:
     """Makes a function that clips the gradient of every example and sums them.
 
@@ -132,6 +159,10 @@ def clipped_grad(
         prng_argnum: An argument that is a PRNG key: split, one for each example.
         spmd_axis_name: See `jax.vmap`.
         grid_scale: Rounds clipped gradients to integers, `grid_scale` steps to the clip norm.
+        strategy: How norms and sums are found; changes no result. "auto" chooses the cheapest
+            form for each parameter, "gram" and "product" force one where it applies,
+            "materialize" forms every gradient. Always the last for a `pre_clipping_transform`,
+            a `dtype` or a `grid_scale`, which need the gradients themselves.
 
     Returns:
         A callable with the arguments of `fun` and `is_padding_example`. It returns the gradient's
@@ -161,9 +192,27 @@ def clipped_grad(
         1.0
     """
     _check_argnums(argnums, batch_argnums)
+    _validate.one_of("strategy", strategy, STRATEGIES)
+    wants_aux = has_aux or return_values or return_grad_norms
+    takes_gradients = (pre_clipping_transform, grid_scale, dtype) != (None, None, None)
+    if strategy != "materialize" and not takes_gradients:
+        return _tapped(
+            _with_aux(fun, has_aux),
+            argnums,
+            strategy,
+            l2_clip_norm=l2_clip_norm,
+            rescale_to_unit_norm=rescale_to_unit_norm,
+            normalize_by=normalize_by,
+            batch_argnums=batch_argnums,
+            keep_batch_dim=keep_batch_dim,
+            returned=(return_values, return_grad_norms, has_aux),
+            microbatch_size=microbatch_size,
+            nan_safe=nan_safe,
+            prng_argnum=prng_argnum,
+            spmd_axis_name=spmd_axis_name,
+        )
     if pre_clipping_transform is None:
         pre_clipping_transform = _identity
-    wants_aux = has_aux or return_values or return_grad_norms
     value_and_grad = jax.value_and_grad(_with_aux(fun, has_aux), argnums, has_aux=True)
 
     def gradient(*args: Any) -> Any:
@@ -188,6 +237,79 @@ def clipped_grad(
         prng_argnum=prng_argnum,
         spmd_axis_name=spmd_axis_name,
         grid_scale=grid_scale,
+    )
+
+
+def _tapped(
+    loss: Callable[..., Any],
+    argnums: int | Sequence[int],
+    strategy: str,
+    *,
+    l2_clip_norm: PyTree,
+    rescale_to_unit_norm: bool,
+    normalize_by: float,
+    batch_argnums: int | Sequence[int],
+    keep_batch_dim: bool,
+    returned: tuple[bool, bool, bool],
+    microbatch_size: int | None,
+    nan_safe: bool,
+    prng_argnum: int | None,
+    spmd_axis_name: str | None,
+) -> BoundedSensitivityCallable:
+    """Makes the function of `clipped_grad` that forms no gradient it need not."""
+    wanted, batch_args = _as_tuple(argnums), _as_tuple(batch_argnums)
+    normalize_by, microbatch_size = _check_sizes(normalize_by, microbatch_size)
+    for bound in jax.tree.leaves(l2_clip_norm):
+        check_clip_norm(bound)
+
+    def prepare(args: Sequence[Any]) -> tuple[Examples, TappedGradient]:
+        examples = Examples(args, batch_args, prng_argnum, keep_batch_dim)
+
+        def loss_of_example(params: tuple[PyTree, ...], row: PyTree) -> Any:
+            filled = examples.arguments(row)
+            for argnum, param in zip(wanted, params, strict=True):
+                filled[argnum] = param
+            return loss(*filled)
+
+        params = tuple(jax.tree.map(jnp.asarray, args[argnum]) for argnum in wanted)
+        params = params[0] if isinstance(argnums, int) else params
+        at_once = min(examples.batch_size, microbatch_size or examples.batch_size)
+        gradient = TappedGradient(
+            loss_of_example
+            if not isinstance(argnums, int)
+            else lambda p, r: loss_of_example((p,), r),
+            params,
+            examples.row,
+            batch_size=at_once,
+            l2_clip_norm=l2_clip_norm,
+            rescale_to_unit_norm=rescale_to_unit_norm,
+            drops_nonfinite=nan_safe,
+            strategy=strategy,
+        )
+        return examples, gradient
+
+    def summed(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
+        examples, gradient = prepare(args)
+        is_padding = _padding_mask(is_padding_example, examples.batch_size)
+        value, (values, aux, norms) = sum_over_microbatches(
+            lambda rows, is_padding: gradient(rows, is_padding, spmd_axis_name),
+            examples.rows,
+            is_padding,
+            microbatch_size,
+        )
+        value = _normalized(value, normalize_by)
+        if not any(returned):
+            return value
+        if keep_batch_dim:
+            aux = jax.tree.map(_drop_axis_1, aux)
+        chosen = (
+            x if wanted else None for x, wanted in zip((values, norms, aux), returned, strict=True)
+        )
+        return value, Aux(*chosen)
+
+    bound = _norm_bound(l2_clip_norm, rescale_to_unit_norm, None) / normalize_by
+    return BoundedSensitivityCallable(
+        summed, bound, any(returned), lambda *args: prepare(args)[1].explain()
     )
 
 
@@ -243,11 +365,7 @@ def clipped_fun(
         1.5
     """
     batch_args = _as_tuple(batch_argnums)
-    hint = "It must be a public number, such as the expected batch size."
-    normalize_by = _validate.positive("normalize_by", normalize_by, hint)
-    if microbatch_size is not None:
-        hint = "Pass how many examples fit in memory at once, or None."
-        microbatch_size = _validate.integer("microbatch_size", microbatch_size, hint, minimum=1)
+    normalize_by, microbatch_size = _check_sizes(normalize_by, microbatch_size)
     for bound in jax.tree.leaves(l2_clip_norm):
         check_clip_norm(bound)
     if grid_scale is not None:
@@ -261,34 +379,23 @@ def clipped_fun(
         return clip_pytree(value, l2_clip_norm, rescale_to_unit_norm)
 
     def summed(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
-        batch_size = batch_size_of(args, batch_args)
-        is_padding = _padding_mask(is_padding_example, batch_size)
-        batched = {argnum: args[argnum] for argnum in batch_args}
-        if prng_argnum is not None:
-            split = jax.tree.map(lambda key: jax.random.split(key, batch_size), args[prng_argnum])
+        examples = Examples(args, batch_args, prng_argnum, keep_batch_dim)
 
-        def one_example(example: PyTree, is_padding: jax.Array) -> tuple[PyTree, PyTree]:
-            rows, key = example
-            if keep_batch_dim:
-                rows = jax.tree.map(lambda x: x[None], rows)
-            filled = [rows.get(i, key if i == prng_argnum else arg) for i, arg in enumerate(args)]
-            value, aux = fun(*filled)
+        def one_example(row: PyTree, is_padding: jax.Array) -> tuple[PyTree, PyTree]:
+            value, aux = fun(*examples.arguments(row))
             clipped, norms = clip(value)
             is_finite = jnp.stack([jnp.isfinite(norm) for norm in jax.tree.leaves(norms)]).all()
             drop = is_padding | ~is_finite if nan_safe else is_padding
             return jax.tree.map(lambda x: jnp.where(drop, 0, x), clipped), (aux, norms)
 
-        keys = split if prng_argnum is not None else None
-        rows = jax.tree.map(jnp.asarray, batched)
         value, (aux, norms) = sum_over_examples(
             one_example,
-            (rows, keys),
-            is_padding,
+            examples.rows,
+            _padding_mask(is_padding_example, examples.batch_size),
             microbatch_size=microbatch_size,
             spmd_axis_name=spmd_axis_name,
         )
-        if normalize_by != 1:
-            value = jax.tree.map(lambda x: x / normalize_by, value)
+        value = _normalized(value, normalize_by)
         if keep_batch_dim:
             aux = jax.tree.map(_drop_axis_1, aux)
         extras = {(True, False): aux, (False, True): norms, (True, True): (aux, norms)}
@@ -297,6 +404,19 @@ def clipped_fun(
 
     bound = _norm_bound(l2_clip_norm, rescale_to_unit_norm, grid_scale) / normalize_by
     return BoundedSensitivityCallable(summed, bound, has_aux or return_norms)
+
+
+def _check_sizes(normalize_by: float, microbatch_size: int | None) -> tuple[float, int | None]:
+    hint = "It must be a public number, such as the expected batch size."
+    normalize_by = _validate.positive("normalize_by", normalize_by, hint)
+    if microbatch_size is not None:
+        hint = "Pass how many examples fit in memory at once, or None."
+        microbatch_size = _validate.integer("microbatch_size", microbatch_size, hint, minimum=1)
+    return normalize_by, microbatch_size
+
+
+def _normalized(value: PyTree, normalize_by: float) -> PyTree:
+    return value if normalize_by == 1 else jax.tree.map(lambda x: x / normalize_by, value)
 
 
 def _norm_bound(l2_clip_norm: PyTree, rescale_to_unit_norm: bool, grid_scale: float | None) -> Any:

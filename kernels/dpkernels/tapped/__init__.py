@@ -1,0 +1,1 @@
+"""Per-example norms and clipped sums without the gradients of every example."""

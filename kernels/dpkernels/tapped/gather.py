@@ -1,0 +1,141 @@
+"""Rows looked up in a table: embeddings."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives
+
+from dpkernels.tapped.graph import Site
+from dpkernels.tapped.rows import Rows, widened
+from dpkernels.tapped.views import View
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Whole rows of a table, by an index along its first axis.
+
+    Attributes:
+        site: The equation.
+        view: Where the table comes from.
+    """
+
+    site: Site
+    view: View
+
+    @staticmethod
+    def match(site: Site, view: View) -> "Gather | None":
+        """Returns the use of the table if this equation is one."""
+        if site.eqn is None or site.weights != (0,) or not takes_rows(site.eqn):
+            return None
+        if site.saved[0] != 1:
+            return None
+        return Gather(site, view)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Sizes of groups, rows, left (the table's length) and right (a row)."""
+        table = self.site.eqn.invars[0].aval.shape
+        right = math.prod(table[1:])
+        rows = math.prod(self.site.loops) * self.site.avals[0].size // max(1, right)
+        return 1, rows, table[0], right
+
+    def rows(self, saved: list[jax.Array], dy: list[jax.Array]) -> Rows:
+        """Returns the gradient as a sum of outer products with indices on the left."""
+        _, count, _, size = self.sizes
+        batch = dy[0].shape[0]
+        index, is_inside = self._index(saved)
+        right = widened(dy[0]).reshape(batch, count, size)
+        right = jnp.where(is_inside[..., None], right, 0)
+        return Rows(index, right[:, None])
+
+    def grams(self, saved: list[jax.Array], dy: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Returns the Grams of both sides, `(batch, 1, rows, rows)`."""
+        return self.rows(saved, dy).grams()
+
+    def merged(self, saved: list[jax.Array], dy: list[jax.Array]) -> jax.Array:
+        """Returns gradients `(batch, rows, size)` with all those of one index in its first row.
+
+        The others are zero, so that the norm of these is the norm of the gradient.
+        """
+        rows = self.rows(saved, dy)
+        same = rows.left[:, :, None] == rows.left[:, None, :]
+        is_first = jnp.argmax(same, 2) == jnp.arange(same.shape[2])
+        chosen = (same & is_first[:, :, None]).astype(rows.right.dtype)
+        return lax.dot_general(
+            chosen,
+            rows.right[:, 0],
+            (((2,), (1,)), ((0,), (0,))),
+            precision=lax.Precision.HIGHEST,
+        )
+
+    def scattered(self, saved: list[jax.Array], merged: jax.Array, factor: jax.Array) -> jax.Array:
+        """Returns the sum of the merged gradients of all examples, each times its factor."""
+        weighted = merged * factor[:, None, None].astype(merged.dtype)
+        return self._added_up(self._index(saved)[0], weighted)
+
+    def product(self, saved: list[jax.Array], dy: list[jax.Array]) -> jax.Array:
+        """Returns the gradient of every example, `(batch, *table)`."""
+        rows = self.rows(saved, dy)
+        table = self.site.eqn.invars[0].aval.shape
+
+        def one(index: jax.Array, right: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((table[0], right.shape[-1]), right.dtype)
+            return zeros.at[index].add(right, mode="promise_in_bounds")
+
+        return jax.vmap(one)(rows.left, rows.right[:, 0]).reshape(-1, *table)
+
+    def weighted_sum(
+        self, saved: list[jax.Array], dy: list[jax.Array], factor: jax.Array
+    ) -> jax.Array:
+        """Returns the sum of the gradients of all examples, each times its factor."""
+        rows = self.rows(saved, dy)
+        return self._added_up(rows.left, rows.right[:, 0] * factor[:, None, None])
+
+    def _added_up(self, index: jax.Array, rows: jax.Array) -> jax.Array:
+        table = self.site.eqn.invars[0].aval.shape
+        zeros = jnp.zeros((table[0], rows.shape[-1]), rows.dtype)
+        flat = rows.reshape(-1, rows.shape[-1])
+        return zeros.at[index.reshape(-1)].add(flat, mode="promise_in_bounds").reshape(table)
+
+    def _index(self, saved: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Returns `(batch, rows)` indices within the table, and which of them count."""
+        _, count, length, _ = self.sizes
+        index = saved[0].reshape(saved[0].shape[0], count)
+        inside = jnp.clip(index, 0, length - 1).astype(jnp.int32)
+        if _drops_outside(self.site.eqn):
+            return inside, (index >= 0) & (index < length)
+        return inside, jnp.ones(index.shape, bool)
+
+
+def takes_rows(eqn: Any) -> bool:
+    """Returns whether the equation looks up whole rows along the first axis of its operand."""
+    table = eqn.invars[0].aval
+    if table.ndim == 0 or not jnp.issubdtype(table.dtype, jnp.floating) or not table.shape[0]:
+        return False
+    if eqn.primitive is primitives.gather_p:
+        numbers = eqn.params["dimension_numbers"]
+        ndim = eqn.outvars[0].aval.ndim
+        return (
+            tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
+            and tuple(numbers.collapsed_slice_dims) == (0,)
+            and tuple(numbers.start_index_map) == (0,)
+            and tuple(numbers.offset_dims) == tuple(range(ndim - table.ndim + 1, ndim))
+            and not numbers.operand_batching_dims
+        )
+    is_slice = eqn.primitive is primitives.dynamic_slice_p
+    return is_slice and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
+
+
+def _drops_outside(eqn: Any) -> bool:
+    """Returns whether an index outside the table has no gradient, not that of the nearest row.
+
+    What promises to be inside and is not looks up the nearest row, and JAX drops its gradient.
+    """
+    if eqn.primitive is primitives.dynamic_slice_p:
+        return False
+    mode = lax.GatherScatterMode.from_any(eqn.params["mode"])
+    return mode != lax.GatherScatterMode.CLIP

@@ -1,0 +1,227 @@
+"""One private step: sites, norms, clipped sums. One forward and one backward pass."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.extend.core as jexc
+import jax.numpy as jnp
+from jax import lax
+
+from dpkernels.tapped import run
+from dpkernels.tapped.blocks import find_blocks
+from dpkernels.tapped.cost import choose
+from dpkernels.tapped.forms import Arrays, Form, Values
+from dpkernels.tapped.gather import takes_rows
+from dpkernels.tapped.graph import Graph, read
+from dpkernels.tapped.layout import bind_for
+from dpkernels.tapped.views import Views
+from dpkernels.tree_clipping import l2_norm, widest
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What is done with norms.
+
+    Attributes:
+        groups: For each parameter, which clip norm it is under.
+        bounds: The clip norms.
+        factor: Returns from norms and a bound what gradients are multiplied by.
+        drops_nonfinite: Whether an example with a non-finite gradient contributes zero.
+    """
+
+    groups: tuple[int, ...]
+    bounds: tuple[Any, ...]
+    factor: Callable[[jax.Array, Any], jax.Array]
+    drops_nonfinite: bool
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a step gives.
+
+    Attributes:
+        sums: The clipped sum for each parameter, float32 or float64.
+        norms: `(batch,)` norms before clipping, for each clip norm.
+        outputs: The program's outputs, `(batch, ...)`: the loss first.
+    """
+
+    sums: Arrays
+    norms: Arrays
+    outputs: Arrays
+
+
+class Plan:
+    """The program of one example, taken apart; the form of each block chosen.
+
+    Args:
+        closed: The program. Its inputs are the parameters and what belongs to the example; its
+            first output is the loss.
+        num_trainable: The number of parameters.
+        batch_size: How many examples there are.
+        clip_groups: For each parameter, which clip norm it is under.
+        strategy: "auto", "gram" or "product".
+        platform: What JAX runs on.
+
+    Attributes:
+        graph: The program, read.
+        sites: Where parameters meet data.
+        forms: How norms and clipped sums are computed.
+    """
+
+    def __init__(
+        self,
+        closed: jexc.ClosedJaxpr,
+        num_trainable: int,
+        batch_size: int,
+        clip_groups: Sequence[int],
+        strategy: str,
+        platform: str,
+    ) -> None:
+        self.graph: Graph = read(closed, num_trainable=num_trainable, keeps_site=_is_lookup)
+        self.sites = self.graph.top.sites()
+        self._platform = platform
+        self.forms: list[Form] = [
+            choose(block, self.graph, batch_size, platform, strategy)
+            for block in find_blocks(self.graph, Views(self.graph, num_trainable), clip_groups)
+        ]
+
+    def step(
+        self,
+        params: Arrays,
+        examples: Arrays,
+        is_padding_example: jax.Array,
+        clipping: Clipping,
+        spmd_axis_name: str | None = None,
+    ) -> Sums:
+        """Runs one step.
+
+        Args:
+            params: The parameters.
+            examples: What the program takes beside them, `(batch, ...)`.
+            is_padding_example: `(batch,)` bools.
+            clipping: How to clip.
+            spmd_axis_name: See `jax.vmap`.
+        """
+        outer = self.graph.evaluate(params)
+        outputs, saved, dy = self._backward(outer, examples, spmd_axis_name)
+        values = Values(self.graph, params, outer, saved, dy)
+        sums, norms = _Clipper(self.forms, clipping, is_padding_example).clipped(values)
+        return Sums(sums, norms, outputs)
+
+    def _backward(self, outer: dict[int, Any], examples: Arrays, spmd_axis_name: str | None) -> Any:
+        level = self.graph.top
+        bind_local = bind_for(self._platform)
+
+        def one(inputs: Arrays) -> Any:
+            def forward(taps: list[Any]) -> Any:
+                outputs, saved = run.evaluate(level, outer, inputs, taps, bind_local)
+                return outputs[0], (outputs, saved)
+
+            taps = run.zero_taps(level)
+            loss, pull_back, (outputs, saved) = jax.vjp(forward, taps, has_aux=True)
+            (dy,) = pull_back(jnp.ones_like(loss))
+            return outputs, run.by_site(level, saved), run.by_site(level, dy)
+
+        return jax.vmap(one, spmd_axis_name=spmd_axis_name)(examples)
+
+
+@dataclass(frozen=True)
+class _Clipper:
+    """From gradients at sites to clipped sums."""
+
+    forms: list[Form]
+    clipping: Clipping
+    is_padding: jax.Array
+
+    def clipped(self, values: Values) -> tuple[Arrays, Arrays]:
+        """Returns the clipped sums, and the norms by clip norm."""
+        kind, bounds = widest(values.params), self.clipping.bounds
+        totals = [jnp.zeros(self.is_padding.shape, kind) for _ in bounds]
+        is_safe = jnp.ones((), bool)
+        kept = []
+        for form in self.forms:
+            found = form.fast(values, self._limit(form, kind))
+            kept.append(found.kept)
+            is_safe &= found.is_safe
+            for group, squares in zip(self._groups(form), found.squares, strict=True):
+                totals[group] = totals[group] + squares
+        for total, bound in zip(totals, bounds, strict=True):
+            # Squares this small have lost some of what they are the sum of.
+            is_lost = (jnp.asarray(bound, kind) < 1e-9) & jnp.any(total < 1e-20)
+            is_safe &= jnp.all(jnp.isfinite(total)) & ~is_lost
+        norms = [jnp.sqrt(total) for total in totals]
+
+        def fast(kept: list[Arrays], saved: list[Arrays], dy: list[Arrays]) -> Any:
+            own = dataclasses.replace(values, saved=saved, dy=dy)
+            return self._sums(own, kept, self._factors(norms), carefully=False), norms
+
+        def carefully(kept: list[Arrays], saved: list[Arrays], dy: list[Arrays]) -> Any:
+            return self._carefully(dataclasses.replace(values, saved=saved, dy=dy), kept)
+
+        return lax.cond(is_safe, fast, carefully, kept, values.saved, values.dy)
+
+    def _groups(self, form: Form) -> list[int]:
+        return [self.clipping.groups[i] for i in form.norm_params]
+
+    def _limit(self, form: Form, kind: Any) -> jax.Array:
+        """Returns how large the energy of a row may be.
+
+        Energies below the smallest float are lost: those of rows below 3e-19, say. They matter
+        beside rows so large on the other side that the product counts against the clip norm.
+        """
+        bounds = [jnp.asarray(self.clipping.bounds[i], kind) for i in self._groups(form)]
+        return jnp.minimum(1e18, jnp.square(jnp.minimum(jnp.stack(bounds).min(), 1e7) * 1e11))
+
+    def _factors(self, norms: Arrays) -> Arrays:
+        return [
+            jnp.where(self.is_padding, 0, self.clipping.factor(norm, bound))
+            for norm, bound in zip(norms, self.clipping.bounds, strict=True)
+        ]
+
+    def _sums(
+        self, values: Values, kept: list[Arrays], factors: Arrays, *, carefully: bool
+    ) -> Arrays:
+        sums = [jnp.zeros(param.shape, widest([param])) for param in values.params]
+        for form, own in zip(self.forms, kept, strict=True):
+            chosen = [factors[group] for group in self._groups(form)]
+            for param, total in form.sums(values, own, chosen, carefully).items():
+                sums[param] = sums[param] + total.astype(sums[param].dtype)
+        return sums
+
+    def _carefully(self, values: Values, kept: list[Arrays]) -> tuple[Arrays, Arrays]:
+        """The same from the gradients themselves, for norms that are out of the ordinary.
+
+        Squares that overflow are rescaled; examples that are not finite are taken out.
+        """
+        parts: list[Arrays] = [[] for _ in self.clipping.bounds]
+        for form, own in zip(self.forms, kept, strict=True):
+            norms = form.careful_norms(values, own)
+            for group, norm in zip(self._groups(form), norms, strict=True):
+                parts[group].append(norm)
+        kind = widest(values.params)
+        zeros = jnp.zeros(self.is_padding.shape, kind)
+        # In one type, whatever each was found in.
+        norms = [
+            jax.vmap(l2_norm)([norm.astype(kind) for norm in part]) if part else zeros
+            for part in parts
+        ]
+        keep = ~self.is_padding
+        if self.clipping.drops_nonfinite:
+            keep &= jnp.stack([jnp.isfinite(norm) for norm in norms]).all(0)
+        factors = [jnp.where(keep, factor, 0) for factor in self._factors(norms)]
+        kept, saved, dy = jax.tree.map(lambda x: _only(keep, x), (kept, values.saved, values.dy))
+        values = dataclasses.replace(values, saved=saved, dy=dy)
+        return self._sums(values, kept, factors, carefully=True), norms
+
+
+def _only(keep: jax.Array, array: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return array
+    return jnp.where(keep.reshape(-1, *(1,) * (array.ndim - 1)), array, 0)
+
+
+def _is_lookup(eqn: Any, weights: tuple[int, ...]) -> bool:
+    return weights == (0,) and takes_rows(eqn)
