@@ -1,0 +1,61 @@
+"""The benchmarks' harness, on a row that takes seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "benchmarks", "--rows", "tiny", "--repeats", "2"]
+    command += ["--contenders", "torch", "jax", "ours", "hooks", "--out", out, "--name", "tiny"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def row(results):
+    return json.loads((results / "tiny.json").read_text())["rows"]["tiny"]
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "ours"])
+def test_contender_finds_the_gradient_and_is_timed(row, name):
+    found = row["contenders"][name]
+    assert "refused" not in found, found
+    assert found["relative_error"] < 1e-4
+    assert len(found["seconds"]) == 2
+
+
+def test_peer_that_is_not_installed_is_left_out_with_the_reason(row):
+    found = row["contenders"]["hooks"]
+    assert "seconds" in found or "No module named" in found["refused"]
+
+
+def test_compiled_programs_have_memory_and_flops(row):
+    for name in ("jax", "ours"):
+        assert row["contenders"][name]["temporary_bytes"] > 0
+        assert row["contenders"][name]["flops"] > 0
+
+
+def test_every_part_of_a_step_is_timed(row):
+    parts = row["bridge"]["seconds"]
+    assert {len(seconds) for seconds in parts.values()} == {2}
+    assert set(parts) == {"step", "kernel", "noise", "base", "stub"}
+
+
+def test_report_holds_table_targets_and_chart(results):
+    text = (results / "tiny.md").read_text()
+    assert "| dpbridge |" in text
+    assert "| time over torch eager | geometric mean |" in text
+    assert (results / "tiny.png").read_bytes().startswith(b"\x89PNG")
