@@ -46,10 +46,27 @@ dataset = torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.randint(3, 
 
 def test_the_loop_of_the_readme_runs():
     text = (EXAMPLES.parent / "README.md").read_text()
-    loop, helpers = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loop, helpers, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = SETTING + loop.replace("steps=300", "steps=3") + helpers + "print(noise_multiplier)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     spent, noise_multiplier = map(float, done.stdout.split())
     assert spent > 0
     assert noise_multiplier > 0
+
+
+def test_the_explanation_of_the_readme_prints():
+    text = (EXAMPLES.parent / "README.md").read_text()
+    _, _, explanation = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    setting = """
+import dpkernels, jax.numpy as jnp
+
+def loss(params, x):
+    return jnp.sum(jnp.tanh(x @ params))
+
+params, batch = jnp.ones((3, 2)), jnp.ones((5, 3))
+"""
+    command = [sys.executable, "-c", setting + explanation]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "dot_general" in done.stdout
