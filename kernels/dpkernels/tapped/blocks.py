@@ -104,7 +104,8 @@ def _sides(use: Use) -> tuple[object, object, object] | None:
 
 
 def _uses_of(index: int, site: Site, views: Views) -> list[Use]:
-    if len(site.weights) == 1:
+    shapes = [var.aval.size for var in (*site.eqn.invars, *site.eqn.outvars)] if site.eqn else []
+    if len(site.weights) == 1 and all((*shapes, *site.loops)):
         view = views.of(site.weight_refs[0])
         for kind in (Dense, Conv, Gather):
             rule = kind.match(site, view)

@@ -66,7 +66,7 @@ class Found(NamedTuple):
     Attributes:
         squares: `(batch,)` squared norms, for each of the form's `norm_params`.
         kept: What the clipped sum can be taken from, or nothing.
-        is_safe: Whether the squares can be relied on, for every example.
+        is_safe: `(batch,)` bools: whether the squares can be relied on.
     """
 
     squares: Arrays
@@ -104,23 +104,36 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def sums(
-        self, values: Values, kept: Arrays, factors: Arrays, carefully: bool
+        self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
-        """Returns the clipped sums; `factors` are `(batch,)`, for each of `norm_params`."""
+        """Returns the clipped sums.
 
-    def _plain_sum(self, values: Values, factor: jax.Array) -> dict[int, jax.Array]:
+        Args:
+            values: The arrays.
+            kept: What `fast` kept.
+            factors: `(batch,)`, for each of `norm_params`.
+            keep: None if all numbers are finite; otherwise `(batch,)` bools that say of which
+                examples anything is to be taken, and the sums go with careful norms.
+        """
+
+    def _plain_sum(
+        self,
+        values: Values,
+        rules: Sequence[Dense | Conv | Gather],
+        factor: jax.Array,
+        keep: jax.Array | None = None,
+    ) -> dict[int, jax.Array]:
         """The contraction that plain training does, with weighted gradients."""
         view = self.block.uses[0].view
         shape = values.graph.avals[view.ref].shape
-        flat: Any = 0
-        for use in self.block.uses:
-            saved, dy = values.saved[use.site], values.dy[use.site]
-            if isinstance(use.rule, Generic):
-                each = use.rule.weighted_sum(saved, dy, factor, values.outer)
-                total = rows.widened(each[use.position])
-            else:
-                total = use.rule.weighted_sum(saved, dy, factor)
-            flat = flat + in_memory_order(total, use.view, 0)
+        flat = jnp.zeros((math.prod(shape),), jnp.float32)
+        for use, rule, saved, dy in zip(
+            self.block.uses, rules, *values.of(self.block.uses), strict=True
+        ):
+            if keep is not None:
+                saved, dy = ([only(keep, x) for x in arrays] for arrays in (saved, dy))
+            total = in_memory_order(rule.weighted_sum(saved, dy, factor), use.view, 0)
+            flat = flat.astype(total.dtype) + total
         return carry_back(values.graph, view, from_memory_order(flat, view, shape))
 
 
@@ -143,35 +156,53 @@ class Product(Form):
 
         at_once = self._at_once(values, False)
         squares, kept = map_examples(of_part, values.of(self.block.uses), at_once)
-        return Found(squares, kept, jnp.ones((), bool))
+        return Found(squares, kept, jnp.ones(squares[0].shape, bool))
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
         if kept:
             return _norms(kept)
+        return self.norms_formed_anew(values, self._at_once(values, False))
+
+    def norms_formed_anew(self, values: Values, at_once: int) -> Arrays:
+        """Returns the norms of gradients that are formed once more, so many at once."""
         return map_examples(
             lambda part: _norms(self._products(values, part)),
             values.of(self.block.uses),
-            self._at_once(values, True),
+            at_once,
         )
 
     def sums(
-        self, values: Values, kept: Arrays, factors: Arrays, carefully: bool
+        self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
-        if kept:
-            totals = _weighted(factors, kept)
-        elif self.block.is_view and not carefully:
-            return self._plain_sum(values, factors[0])
-        else:
-            totals = sum_examples(
-                lambda part: _weighted(part[1], self._products(values, part[0])),
-                (values.of(self.block.uses), factors),
-                self._at_once(values, carefully),
-            )
+        if not kept:
+            return self.sums_formed_anew(values, factors, keep, self._at_once(values, False))
+        return self._by_param(values, _weighted(factors, kept, keep))
+
+    def sums_formed_anew(
+        self, values: Values, factors: Arrays, keep: jax.Array | None, at_once: int
+    ) -> dict[int, jax.Array]:
+        """Returns the sums from gradients that are formed once more.
+
+        Not from the contraction of plain training: where terms cancel, or a derivative rule is not
+        linear, that has another norm than the one that the factors were made for.
+        """
+        totals = sum_examples(
+            lambda part: _weighted(part[1], self._products(values, part[0]), part[2]),
+            (values.of(self.block.uses), factors, keep),
+            at_once,
+        )
+        return self._by_param(values, totals)
+
+    def _by_param(self, values: Values, totals: Arrays) -> dict[int, jax.Array]:
         if not self.block.is_view:
             return dict(zip(self.block.params, totals, strict=True))
         view = self.block.uses[0].view
         shape = values.graph.avals[view.ref].shape
         return carry_back(values.graph, view, from_memory_order(totals[0], view, shape))
+
+    def carefully_at_once(self, values: Values) -> int:
+        """Returns for how many examples gradients are formed together where that is seldom."""
+        return self._at_once(values, True)
 
     def _at_once(self, values: Values, carefully: bool) -> int:
         """Returns for how many examples gradients are formed together."""
@@ -211,16 +242,16 @@ class Outer(Form):
     def fast(self, values: Values, limit: jax.Array) -> Found:
         left, right = self._sides(values)
         found = rows.outer_norms(left, right, limit)
-        return Found([found.squared], [], jnp.all(found.is_safe))
+        return Found([found.squared], [], found.is_safe)
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
         left, right = (jax.vmap(jax.vmap(l2_norm))(side) for side in self._sides(values))
         return _norms([left * right])
 
     def sums(
-        self, values: Values, kept: Arrays, factors: Arrays, carefully: bool
+        self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
-        return self._plain_sum(values, factors[0])
+        return self._plain_sum(values, [self.rule], factors[0], keep)
 
     def _sides(self, values: Values) -> tuple[jax.Array, jax.Array]:
         site = self.block.uses[0].site
@@ -238,16 +269,18 @@ class Merged(Form):
     def fast(self, values: Values, limit: jax.Array) -> Found:
         site = self.block.uses[0].site
         merged = self.rule.merged(values.saved[site], values.dy[site])
-        return Found([jnp.sum(jnp.square(merged), (1, 2))], [merged], jnp.ones((), bool))
+        squares = jnp.sum(jnp.sum(jnp.square(merged), 2), 1)
+        return Found([squares], [merged], jnp.ones(squares.shape, bool))
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
         return _norms(kept)
 
     def sums(
-        self, values: Values, kept: Arrays, factors: Arrays, carefully: bool
+        self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
         saved = values.saved[self.block.uses[0].site]
-        total = self.rule.scattered(saved, kept[0], factors[0])
+        merged = kept[0] if keep is None else only(keep, kept[0])
+        total = self.rule.scattered(saved, merged, factors[0])
         return carry_back(values.graph, self.block.uses[0].view, total)
 
 
@@ -272,29 +305,45 @@ class Gram(Form):
             values.of(self.block.uses),
             max(1, int(_AT_ONCE // max(1.0, self.bytes))),
         )
-        return Found([found.squared], [], jnp.all(found.is_safe))
+
+        def from_products() -> jax.Array:
+            (norms,) = self._norms_formed_anew(values)
+            return jnp.where(found.is_safe, found.squared, jnp.square(norms))
+
+        # Few blocks lose digits in a batch, if any, and only theirs are formed.
+        is_safe = jnp.all(found.is_safe)
+        squared = lax.cond(is_safe, lambda: found.squared, from_products)
+        return Found([squared], [is_safe], jnp.isfinite(squared))
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
-        return self.product.careful_norms(values, kept)
+        return self._norms_formed_anew(values)
 
     def sums(
-        self, values: Values, kept: Arrays, factors: Arrays, carefully: bool
+        self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
-        if carefully:
-            return self.product.sums(values, kept, factors, carefully)
-        return self._plain_sum(values, factors[0])
+        def from_products() -> dict[int, jax.Array]:
+            at_once = self.product.carefully_at_once(values)
+            return self.product.sums_formed_anew(values, factors, keep, at_once)
+
+        if keep is not None:
+            return from_products()
+        return lax.cond(
+            kept[0], lambda: self._plain_sum(values, self.rules, factors[0]), from_products
+        )
+
+    def _norms_formed_anew(self, values: Values) -> Arrays:
+        return self.product.norms_formed_anew(values, self.product.carefully_at_once(values))
 
     def _norms(self, part: Any, limit: jax.Array) -> rows.Norms:
         saved, dy = part
-        grams = [rule.grams(*pair) for rule, *pair in zip(self.rules, saved, dy, strict=True)]
-        own = [jnp.sum(jnp.sum(left * right, 3), (1, 2)) for left, right in grams]
-        total = jnp.stack([*own, *self._cross_terms(saved, dy)]).sum(0)
-        energies = [rows.energies(*pair) for pair in grams]
-        together = jnp.stack([energy.together for energy in energies]).sum(0) * len(energies)
-        largest = jnp.stack([energy.largest for energy in energies]).max(0)
-        return rows.settle(total, rows.Energies(together, largest), limit)
+        own = [
+            rows.own_sum(*rule.grams(*pair))
+            for rule, *pair in zip(self.rules, saved, dy, strict=True)
+        ]
+        _, count, left, right = self.rules[0].sizes
+        return rows.settle([*own, *self._cross_terms(saved, dy)], count + left + right, limit)
 
-    def _cross_terms(self, saved: list[Arrays], dy: list[Arrays]) -> Arrays:
+    def _cross_terms(self, saved: list[Arrays], dy: list[Arrays]) -> list[rows.Sum]:
         if len(self.rules) == 1:
             return []
         each = [
@@ -304,7 +353,9 @@ class Gram(Form):
         ]
         pairs = [(i, j) for i in range(len(each)) for j in range(i)]
         return [
-            2 * rows.cross(each[i], each[j], swapped=self.swapped[i] != self.swapped[j])
+            rows.sum_of(
+                *rows.cross(each[i], each[j], swapped=self.swapped[i] != self.swapped[j]), 2.0
+            )
             for i, j in pairs
         ]
 
@@ -339,8 +390,18 @@ def _norms(each: Arrays) -> Arrays:
     return [jax.vmap(l2_norm)(x) for x in each]
 
 
-def _weighted(factors: Arrays, each: Arrays) -> Arrays:
+def _weighted(factors: Arrays, each: Arrays, keep: jax.Array | None) -> Arrays:
+    if keep is not None:
+        each = [only(keep, x) for x in each]
     return [
         jnp.tensordot(factor.astype(x.dtype), x, 1, precision=lax.Precision.HIGHEST)
         for factor, x in zip(factors, each, strict=True)
     ]
+
+
+def only(keep: jax.Array, array: jax.Array) -> jax.Array:
+    """Returns the array `(batch, ...)` with zeros for the examples that are not kept."""
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return array
+    kept = keep.reshape(-1, *(1,) * (array.ndim - 1))
+    return jnp.where(kept, array, jnp.zeros((), array.dtype))

@@ -105,6 +105,8 @@ class Gather:
         """Returns `(batch, rows)` indices within the table, and which of them count."""
         _, count, length, _ = self.sizes
         index = saved[0].reshape(saved[0].shape[0], count)
+        if index.dtype.itemsize < 4:  # A small type may not hold the table's length.
+            index = index.astype(jnp.int32)
         inside = jnp.clip(index, 0, length - 1).astype(jnp.int32)
         if _drops_outside(self.site.eqn):
             return inside, (index >= 0) & (index < length)

@@ -33,26 +33,6 @@ class Generic:
 
         return tuple(widened(x) for x in jax.vmap(one)(saved, dy))
 
-    def weighted_sum(
-        self,
-        saved: list[jax.Array],
-        dy: list[jax.Array],
-        factor: jax.Array,
-        outer: dict[int, Any],
-    ) -> tuple[jax.Array, ...]:
-        """Returns the sum of the gradients of all examples, each times its factor."""
-        if any(outer[ref].dtype.itemsize < 4 for ref in self.site.weight_refs):
-            # The sum must not be rounded to half precision.
-            each = self.product(saved, dy, outer)
-            return tuple(jnp.tensordot(factor.astype(x.dtype), x, 1) for x in each)
-
-        def weighted(array: jax.Array) -> jax.Array:
-            by_example = factor.reshape(-1, *(1,) * (array.ndim - 1))
-            return array * by_example.astype(array.dtype)
-
-        dy = [weighted(array) for array in dy]
-        return self._pulled_back(saved, dy, outer, 1 + len(self.site.loops))
-
     def _pulled_back(
         self, saved: list[jax.Array], dy: list[jax.Array], outer: dict[int, Any], lead: int
     ) -> tuple[jax.Array, ...]:

@@ -46,7 +46,9 @@ class TappedGradient:
         self._params, self._params_tree = jax.tree.flatten(params)
         self._names, self._batch_size = parameter_names(params), batch_size
         _check_params(self._params)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), params
+        )
         closed, (loss_shape, self._aux) = jax.make_jaxpr(loss, return_shape=True)(shapes, example)
         _check_loss(loss_shape)
         self._clip_tree = jax.tree.structure(l2_clip_norm)

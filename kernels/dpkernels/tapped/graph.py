@@ -208,6 +208,13 @@ def read(
     return graph
 
 
+class _MustStayInLoopError(Exception):
+    """A derivative rule of the user's, on parameters alone, that must be asked at every turn.
+
+    It need not be linear, so that what it makes of the sum over turns says nothing.
+    """
+
+
 class _Reader:
     """Sorts equations into outer and local ones while it follows calls and loops."""
 
@@ -254,9 +261,14 @@ class _Reader:
             self.walk(body.jaxpr, env, steps, loops)
             return [self.look_up(env, var) for var in body.jaxpr.outvars]
         if not is_local and not (is_trainable and self.keeps_site(eqn, self._weights(inputs))):
+            if loops and is_trainable and eqn.primitive is primitives.custom_vjp_call_p:
+                raise _MustStayInLoopError
             return self._outer(eqn, inputs, is_trainable)
         if eqn.primitive is primitives.scan_p and self._can_enter(eqn, inputs):
-            return self._loop(eqn, inputs, steps, loops)
+            try:
+                return self._loop(eqn, list(inputs), steps, loops)
+            except _MustStayInLoopError:
+                pass
         return self._site(eqn, inputs, steps, loops)
 
     def _outer(self, eqn: Any, inputs: list[Atom], is_trainable: bool) -> list[Atom]:
@@ -338,7 +350,7 @@ def _drop_dead_ends(steps: list[Step], outputs: Sequence[Atom]) -> list[Step]:
     for step in reversed(steps):
         is_alive = bool(alive.intersection(step.outputs))
         if is_alive:
-            alive.update(atom.index for atom in step.inputs if isinstance(atom, Local))
+            alive.update(_followed(step))
         if isinstance(step, Loop):
             ends = step.body.outputs if is_alive else ()
             inner = Level(
@@ -350,6 +362,21 @@ def _drop_dead_ends(steps: list[Step], outputs: Sequence[Atom]) -> list[Step]:
         else:
             kept.append(step)
     return kept[::-1]
+
+
+def _followed(step: Step) -> set[int]:
+    """Returns the inputs that a gradient at the outputs is carried on to."""
+    if isinstance(step, Loop) or step.eqn is None:
+        return {atom.index for atom in step.inputs if isinstance(atom, Local)}
+    if step.eqn.primitive is primitives.stop_gradient_p:
+        return set()
+    if not any(_is_float(var.aval) for var in step.eqn.outvars):
+        return set()
+    return {
+        atom.index
+        for atom, var in zip(step.inputs, step.eqn.invars, strict=True)
+        if isinstance(atom, Local) and _is_float(var.aval)
+    }
 
 
 def _is_float(aval: Any) -> bool:

@@ -5,6 +5,8 @@ With g = sum over t of left[t] ⊗ right[t], the squared norm is the sum over t 
 Li et al. 2022, arXiv 2110.05679, section 4.1).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,15 +16,15 @@ from jax import lax
 
 from dpkernels.tree_clipping import widest
 
-_ROUNDING = 4  # What the sum of products may be off by, in units of the type's precision.
-_CANCELLED = 1e-3
+# How far rounding may put a squared norm off; half of it for the norm.
+_TOLERANCE = 2e-5
 
 
 class Norms(NamedTuple):
     """Squared norms, and whether they can be relied on.
 
     Attributes:
-        squared: `(batch,)` squared norms, never below the true ones where `is_safe`.
+        squared: `(batch,)` squared norms.
         is_safe: `(batch,)` bools. False where numbers are so large or small, or cancel so far,
             that the norm has to be taken from the gradient itself.
     """
@@ -77,8 +79,8 @@ def _entries(dense: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(dense, jnp.broadcast_to(index[:, None, None, :], shape), 3)
 
 
-def cross(a: Rows, b: Rows, *, swapped: bool) -> jax.Array:
-    """Returns the inner products of two gradients, `(batch,)`.
+def cross(a: Rows, b: Rows, *, swapped: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the Grams whose sum of products is the inner product of two gradients.
 
     Args:
         a: The one.
@@ -86,44 +88,60 @@ def cross(a: Rows, b: Rows, *, swapped: bool) -> jax.Array:
         swapped: Whether what is left in `b` is right in `a`.
     """
     if not swapped:
-        gram = left_products(a, b) * products(a.right, b.right)
-    elif a.is_one_hot:
-        gram = _entries(b.right, a.left).swapaxes(2, 3) * products(a.right, b.left)
-    elif b.is_one_hot:
-        gram = _entries(a.right, b.left) * products(a.left, b.right)
-    else:
-        gram = products(a.left, b.right) * products(a.right, b.left)
-    return jnp.sum(gram, (1, 2, 3))
+        return left_products(a, b), products(a.right, b.right)
+    left = _entries(b.right, a.left).swapaxes(2, 3) if a.is_one_hot else products(a.left, b.right)
+    right = _entries(a.right, b.left) if b.is_one_hot else products(a.right, b.left)
+    return left, right
 
 
-class Energies(NamedTuple):
-    """What is known of rows one by one.
+class Sum(NamedTuple):
+    """A sum of products of inner products, and how far it can be relied on.
 
     Attributes:
-        together: `(batch,)` sums of squared norms of the outer products.
+        total: `(batch,)` sums.
+        size: `(batch,)` sums of absolute values: what their rounding is in proportion to.
         largest: `(batch,)` the largest squared norm of a row, on either side.
     """
 
-    together: jax.Array
+    total: jax.Array
+    size: jax.Array
     largest: jax.Array
 
 
-def energies(left: jax.Array, right: jax.Array) -> Energies:
-    """Returns the energies of rows from their Grams."""
+def sum_of(left: jax.Array, right: jax.Array, weight: float = 1.0) -> Sum:
+    """Sums the products of two Grams, `(batch, groups, rows, rows)`."""
+    terms = left * right
+    # One axis after the other: a single sum over so many terms loses digits.
+    total = jnp.sum(jnp.sum(terms, 3), (1, 2))
+    size = jnp.sum(jnp.sum(jnp.abs(terms), 3), (1, 2))
+    return Sum(weight * total, weight * size, jnp.zeros_like(total))
+
+
+def own_sum(left: jax.Array, right: jax.Array) -> Sum:
+    """The same for the Grams of one gradient's rows with themselves."""
     ends = [jnp.diagonal(gram, axis1=2, axis2=3) for gram in (left, right)]
     largest = jnp.maximum(*(jnp.max(end, (1, 2), initial=0) for end in ends))
-    return Energies(jnp.sum(ends[0] * ends[1], (1, 2)), largest)
+    return sum_of(left, right)._replace(largest=largest)
 
 
-def settle(total: jax.Array, energy: Energies, limit: jax.Array) -> Norms:
-    """Adds what rounding may have taken away, and says whether that is little enough.
+def settle(sums: Sequence[Sum], length: int, limit: jax.Array) -> Norms:
+    """Adds sums up, and says for which examples they are norms that can be relied on.
 
-    Where rows cancel, the sum of products keeps the rounding of its large terms, and the norm
-    would come out too small: an example would be clipped too little.
+    Where rows cancel, the sum keeps the rounding of its large terms, and the norm might come out
+    too small: an example would be clipped too little.
+
+    Args:
+        sums: What to add up.
+        length: How many numbers were added up for a sum's term, and how many terms for the sum.
+        limit: How large a row's energy may be. Energies below the smallest float are lost.
     """
-    rounding = _ROUNDING * jnp.finfo(total.dtype).eps * energy.together
-    is_safe = (total >= _CANCELLED * energy.together) & (energy.largest <= limit)
-    return Norms(total + rounding, is_safe & jnp.isfinite(total))
+    total = jnp.stack([x.total for x in sums]).sum(0)
+    size = jnp.stack([x.size for x in sums]).sum(0)
+    largest = jnp.stack([x.largest for x in sums]).max(0)
+    # The worst that was found, with rows that repeat so that their rounding does, is half of this.
+    rounding = (1 + 0.6 * math.sqrt(length)) * float(jnp.finfo(total.dtype).eps) * size
+    is_safe = (rounding <= _TOLERANCE * total) & (largest <= limit)
+    return Norms(total, is_safe & jnp.isfinite(total))
 
 
 def outer_norms(left: jax.Array, right: jax.Array, limit: jax.Array) -> Norms:

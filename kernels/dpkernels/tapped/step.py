@@ -140,28 +140,38 @@ class _Clipper:
         """Returns the clipped sums, and the norms by clip norm."""
         kind, bounds = widest(values.params), self.clipping.bounds
         totals = [jnp.zeros(self.is_padding.shape, kind) for _ in bounds]
-        is_safe = jnp.ones((), bool)
+        is_safe = jnp.ones(self.is_padding.shape, bool)
         kept = []
         for form in self.forms:
             found = form.fast(values, self._limit(form, kind))
             kept.append(found.kept)
             is_safe &= found.is_safe
             for group, squares in zip(self._groups(form), found.squares, strict=True):
-                totals[group] = totals[group] + squares
+                totals[group] = totals[group] + squares.astype(kind)
         for total, bound in zip(totals, bounds, strict=True):
             # Squares this small have lost some of what they are the sum of.
-            is_lost = (jnp.asarray(bound, kind) < 1e-9) & jnp.any(total < 1e-20)
-            is_safe &= jnp.all(jnp.isfinite(total)) & ~is_lost
+            is_lost = (jnp.asarray(bound, kind) < 1e-9) & (total < 1e-20)
+            is_safe &= jnp.isfinite(total) & ~is_lost
         norms = [jnp.sqrt(total) for total in totals]
 
         def fast(kept: list[Arrays], saved: list[Arrays], dy: list[Arrays]) -> Any:
             own = dataclasses.replace(values, saved=saved, dy=dy)
-            return self._sums(own, kept, self._factors(norms), carefully=False), norms
+            return self._sums(own, kept, self._factors(norms), None), norms
 
         def carefully(kept: list[Arrays], saved: list[Arrays], dy: list[Arrays]) -> Any:
-            return self._carefully(dataclasses.replace(values, saved=saved, dy=dy), kept)
+            own = dataclasses.replace(values, saved=saved, dy=dy)
+            # A norm depends on its example alone: one that is safe stays as it is.
+            chosen = [
+                jnp.where(is_safe, norm, careful)
+                for norm, careful in zip(norms, self._careful_norms(own, kept), strict=True)
+            ]
+            keep = ~self.is_padding
+            if self.clipping.drops_nonfinite:
+                keep &= jnp.stack([jnp.isfinite(norm) for norm in chosen]).all(0)
+            factors = [jnp.where(keep, factor, 0) for factor in self._factors(chosen)]
+            return self._sums(own, kept, factors, keep), chosen
 
-        return lax.cond(is_safe, fast, carefully, kept, values.saved, values.dy)
+        return lax.cond(jnp.all(is_safe), fast, carefully, kept, values.saved, values.dy)
 
     def _groups(self, form: Form) -> list[int]:
         return [self.clipping.groups[i] for i in form.norm_params]
@@ -182,45 +192,25 @@ class _Clipper:
         ]
 
     def _sums(
-        self, values: Values, kept: list[Arrays], factors: Arrays, *, carefully: bool
+        self, values: Values, kept: list[Arrays], factors: Arrays, keep: jax.Array | None
     ) -> Arrays:
         sums = [jnp.zeros(param.shape, widest([param])) for param in values.params]
         for form, own in zip(self.forms, kept, strict=True):
             chosen = [factors[group] for group in self._groups(form)]
-            for param, total in form.sums(values, own, chosen, carefully).items():
+            for param, total in form.sums(values, own, chosen, keep).items():
                 sums[param] = sums[param] + total.astype(sums[param].dtype)
         return sums
 
-    def _carefully(self, values: Values, kept: list[Arrays]) -> tuple[Arrays, Arrays]:
-        """The same from the gradients themselves, for norms that are out of the ordinary.
-
-        Squares that overflow are rescaled; examples that are not finite are taken out.
-        """
+    def _careful_norms(self, values: Values, kept: list[Arrays]) -> Arrays:
+        """Returns norms of the gradients themselves; squares that overflow are rescaled."""
         parts: list[Arrays] = [[] for _ in self.clipping.bounds]
+        kind = widest(values.params)
         for form, own in zip(self.forms, kept, strict=True):
             norms = form.careful_norms(values, own)
             for group, norm in zip(self._groups(form), norms, strict=True):
-                parts[group].append(norm)
-        kind = widest(values.params)
+                parts[group].append(norm.astype(kind))
         zeros = jnp.zeros(self.is_padding.shape, kind)
-        # In one type, whatever each was found in.
-        norms = [
-            jax.vmap(l2_norm)([norm.astype(kind) for norm in part]) if part else zeros
-            for part in parts
-        ]
-        keep = ~self.is_padding
-        if self.clipping.drops_nonfinite:
-            keep &= jnp.stack([jnp.isfinite(norm) for norm in norms]).all(0)
-        factors = [jnp.where(keep, factor, 0) for factor in self._factors(norms)]
-        kept, saved, dy = jax.tree.map(lambda x: _only(keep, x), (kept, values.saved, values.dy))
-        values = dataclasses.replace(values, saved=saved, dy=dy)
-        return self._sums(values, kept, factors, carefully=True), norms
-
-
-def _only(keep: jax.Array, array: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        return array
-    return jnp.where(keep.reshape(-1, *(1,) * (array.ndim - 1)), array, 0)
+        return [jax.vmap(l2_norm)(part) if part else zeros for part in parts]
 
 
 def _is_lookup(eqn: Any, weights: tuple[int, ...]) -> bool:

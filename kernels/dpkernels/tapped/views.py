@@ -4,6 +4,7 @@ Such a view preserves norms: a gradient with respect to the view has the norm of
 parameter. So norms are taken at the site, and only the clipped sum is carried back.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,14 +90,14 @@ def _memory(shape: Sequence[int]) -> np.ndarray:
 
 
 def _can_put_together(sources: list[View], count: int, graph: Graph) -> bool:
-    """Returns whether all of what is concatenated are whole and different parameters."""
-    roots = [source.root for source in sources]
+    """Returns whether all of what is concatenated are whole parameters, none of them twice."""
     whole = [
         source.root is not None
         and np.prod(graph.avals[source.ref].shape) == np.prod(graph.avals[source.root].shape)
         for source in sources
     ]
-    return len(sources) == count and all(whole) and len(set(roots)) == count
+    params = [param for source in sources for param in source.params]
+    return len(sources) == count and all(whole) and len(set(params)) == len(params)
 
 
 def _step(eqn: Any, memory: np.ndarray | None) -> tuple[bool, np.ndarray | None]:
@@ -106,7 +107,7 @@ def _step(eqn: Any, memory: np.ndarray | None) -> tuple[bool, np.ndarray | None]
         if eqn.invars[0].aval.size != eqn.outvars[0].aval.size:
             return False, None
         return True, None if memory is None else _reshaped(memory, params["shape"])
-    if primitive not in _ONE_TO_ONE:
+    if primitive not in _ONE_TO_ONE or not _is_real(eqn.outvars[0].aval):
         return False, None
     if memory is None or primitive in _CASTS:
         return True, memory
@@ -121,6 +122,10 @@ def _step(eqn: Any, memory: np.ndarray | None) -> tuple[bool, np.ndarray | None]
     if primitive is primitives.reshape_p and params["dimensions"] is not None:
         return True, None
     return True, _reshaped(memory, eqn.outvars[0].aval.shape)
+
+
+def _is_real(aval: Any) -> bool:
+    return bool(jnp.issubdtype(aval.dtype, jnp.floating))
 
 
 def _reshaped(memory: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
@@ -201,7 +206,7 @@ def in_memory_order(array: jax.Array, view: View, lead: int) -> jax.Array:
         order = axes_by_stride(view, range(view.memory.ndim))
         array = jnp.flip(array, backwards) if backwards else array
         array = array.transpose(*range(lead), *(lead + axis for axis in order))
-    return array.reshape(*array.shape[:lead], -1)
+    return array.reshape(*array.shape[:lead], math.prod(array.shape[lead:]))
 
 
 def from_memory_order(flat: jax.Array, view: View, shape: Sequence[int]) -> jax.Array:
