@@ -1,7 +1,6 @@
 """Maxima and means over windows, one axis after the other."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,72 +73,6 @@ def _max_over(x: jax.Array, windows: Windows) -> tuple[jax.Array, jax.Array]:
         axis = x.ndim - len(windows) + i
         x, index = _max_along(x, index, windows[i], axis)
     return x, index
-
-
-def _tiles(windows: Windows, space: Sequence[int]) -> tuple[int, ...] | None:
-    """Returns the windows' sizes if they lie side by side, without a gap."""
-    for positions, length in zip(windows, space, strict=True):
-        count, size = positions.shape
-        side_by_side = np.arange(count * size).reshape(count, size)
-        if count * size > length or not np.array_equal(positions, side_by_side):
-            return None
-    return tuple(positions.shape[1] for positions in windows)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _max_of_tiles(x: jax.Array, sizes: tuple[int, ...], space: tuple[int, ...]) -> jax.Array:
-    """Returns the maxima over tiles of the last axes.
-
-    The gradient goes back in one pass, from the place of the maximum in each tile; that of a chain
-    of comparisons takes several passes over all of `x`.
-    """
-    return _best_of_tiles(x, sizes)[0]
-
-
-def _best_of_tiles(x: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    first = x.ndim - len(sizes)
-    counts = [length // size for length, size in zip(x.shape[first:], sizes, strict=True)]
-    each = []
-    for offset in np.ndindex(*sizes):
-        starts = [0] * first + list(offset)
-        ends = [
-            *x.shape[:first],
-            *(
-                at + (count - 1) * size + 1
-                for at, count, size in zip(offset, counts, sizes, strict=True)
-            ),
-        ]
-        each.append(lax.slice(x, starts, ends, [1] * first + list(sizes)))
-    best, place = each[0], jnp.zeros(each[0].shape, jnp.int32)
-    for number, other in enumerate(each[1:], start=1):
-        is_better = (other > best) | jnp.isnan(other)
-        best = jnp.where(is_better, other, best)
-        place = jnp.where(is_better, jnp.int32(number), place)
-    return best, place
-
-
-def _max_of_tiles_forward(
-    x: jax.Array, sizes: tuple[int, ...], space: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    return _best_of_tiles(x, sizes)
-
-
-def _max_of_tiles_backward(
-    sizes: tuple[int, ...], space: tuple[int, ...], place: jax.Array, dy: jax.Array
-) -> tuple[jax.Array]:
-    lead = place.ndim - len(sizes)
-    each = np.arange(np.prod(sizes), dtype=np.int32).reshape(sizes)
-    spread = [axis for size in sizes for axis in (1, size)]
-    numbers = jnp.asarray(each.reshape(*spread))
-    apart = tuple(lead + 2 * i + 1 for i in range(len(sizes)))
-    chosen = jnp.expand_dims(place, apart) == numbers
-    dx = jnp.where(chosen, jnp.expand_dims(dy, apart), jnp.zeros((), dy.dtype))
-    tiled = [n * size for n, size in zip(place.shape[lead:], sizes, strict=True)]
-    rest = [(0, whole - part) for whole, part in zip(space, tiled, strict=True)]
-    return (jnp.pad(dx.reshape(*place.shape[:lead], *tiled), [(0, 0)] * lead + rest),)
-
-
-_max_of_tiles.defvjp(_max_of_tiles_forward, _max_of_tiles_backward)
 
 
 def _max_along(
@@ -238,13 +171,8 @@ def _mean_along(
 def _register_max(op: Any, windows: Callable[..., Windows], rank: int) -> None:
     @register_lowering(op)
     def pool(call: Call, x: jax.Array, *args: Any) -> Any:
-        found, space = windows(call, x, *args, rank=rank), x.shape[-rank:]
-        wants_index = isinstance(call.result, (tuple, list))
-        tiles = None if wants_index else _tiles(found, space)
-        if tiles is not None and math.prod(tiles) <= _LONGEST_CHAIN:
-            return _max_of_tiles(x, tiles, space)
-        values, index = _max_over(x, found)
-        return (values, index) if wants_index else values
+        values, index = _max_over(x, windows(call, x, *args, rank=rank))
+        return (values, index) if isinstance(call.result, (tuple, list)) else values
 
 
 for _rank in (1, 2, 3):
