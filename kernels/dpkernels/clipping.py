@@ -1,5 +1,6 @@
 """Sums of clipped per-example gradients, with the sensitivity that noise is scaled by."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from dpkernels.tree_clipping import (
 )
 
 PyTree = Any
+# Bytes of gradients that are formed together where the caller did not ask for them.
+_MATERIALIZED_AT_ONCE = 256 * 2**20
 STRATEGIES = ("auto", "gram", "product", "materialize")
 NeighboringRelation: TypeAlias = dp_accounting.NeighboringRelation
 
@@ -161,8 +164,9 @@ def clipped_grad(
         grid_scale: Rounds clipped gradients to integers, `grid_scale` steps to the clip norm.
         strategy: How norms and sums are found; changes no result. "auto" chooses the cheapest
             form for each parameter, "gram" and "product" force one where it applies,
-            "materialize" forms every gradient. Always the last for a `pre_clipping_transform`,
-            a `dtype` or a `grid_scale`, which need the gradients themselves.
+            "materialize" forms every gradient. So do the others for a `pre_clipping_transform`,
+            a `dtype` or a `grid_scale`, which need the gradients themselves; then in microbatches
+            that fit into 256 MiB, unless `microbatch_size` says otherwise.
 
     Returns:
         A callable with the arguments of `fun` and `is_padding_example`. It returns the gradient's
@@ -177,6 +181,8 @@ def clipped_grad(
         norm; replacing one by at most twice that.
         A padding example contributes exactly zero, whatever it holds.
         With `nan_safe`, an example with a non-finite gradient contributes exactly zero.
+        How an example is clipped depends on that example alone. (Numbers that are not finite may
+        change in which order the others are added up.)
         `Aux` is per example: each row depends on its own example alone. It is not private.
 
     Source:
@@ -223,21 +229,33 @@ def clipped_grad(
         norm = l2_norm(raw) if return_grad_norms else None
         return result, Aux(value if return_values else None, norm, aux if has_aux else None)
 
-    return clipped_fun(
-        gradient,
-        wants_aux,
-        batch_argnums=batch_argnums,
-        keep_batch_dim=keep_batch_dim,
-        l2_clip_norm=l2_clip_norm,
-        rescale_to_unit_norm=rescale_to_unit_norm,
-        normalize_by=normalize_by,
-        microbatch_size=microbatch_size,
-        nan_safe=nan_safe,
-        dtype=dtype,
-        prng_argnum=prng_argnum,
-        spmd_axis_name=spmd_axis_name,
-        grid_scale=grid_scale,
-    )
+    def make(microbatch_size: int | None) -> BoundedSensitivityCallable:
+        return clipped_fun(
+            gradient,
+            wants_aux,
+            batch_argnums=batch_argnums,
+            keep_batch_dim=keep_batch_dim,
+            l2_clip_norm=l2_clip_norm,
+            rescale_to_unit_norm=rescale_to_unit_norm,
+            normalize_by=normalize_by,
+            microbatch_size=microbatch_size,
+            nan_safe=nan_safe,
+            dtype=dtype,
+            prng_argnum=prng_argnum,
+            spmd_axis_name=spmd_axis_name,
+            grid_scale=grid_scale,
+        )
+
+    if strategy == "materialize" or microbatch_size is not None:
+        return make(microbatch_size)
+
+    def in_microbatches(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
+        params = jax.tree.leaves([args[argnum] for argnum in _as_tuple(argnums)])
+        size = 4 * sum(jnp.size(param) for param in params)
+        total = make(max(1, _MATERIALIZED_AT_ONCE // max(1, size)))
+        return total(*args, is_padding_example=is_padding_example)
+
+    return dataclasses.replace(make(None), bounded_sensitivity_fun=in_microbatches)
 
 
 def _tapped(

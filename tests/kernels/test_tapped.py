@@ -195,6 +195,20 @@ def test_explain_refuses_what_is_materialised(options):
         function.explain(TWO_LAYERS, normal(BATCH, 5))
 
 
+def test_transforms_form_gradients_in_microbatches(monkeypatch):
+    params = {"first": normal(40, 50), "bias": normal(50), "second": normal(50, 3)}
+    monkeypatch.setattr(dpkernels.clipping, "_MATERIALIZED_AT_ONCE", 4 * 2 * 40 * 60)
+    x, options = normal(BATCH, 40), {"l2_clip_norm": 1.0, "keep_batch_dim": False}
+    function = dpkernels.clipped_grad(two_layers, pre_clipping_transform=lambda g: g, **options)
+    assert largest(function, params, x) <= 2 * 40 * 50
+    expected = dpkernels.clipped_grad(two_layers, **options)(params, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        function(params, x),
+        expected,
+    )
+
+
 def test_unknown_strategies_are_refused():
     with pytest.raises(ValueError, match="`strategy` must be one of 'auto'"):
         dpkernels.clipped_grad(two_layers, l2_clip_norm=1.0, strategy="fast")
