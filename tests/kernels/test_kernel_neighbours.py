@@ -16,7 +16,7 @@ from kernel_checks import clipped_grad, quick_jit, strategies
 from kernel_models import BATCH, MODELS
 
 Relation = dp_accounting.NeighboringRelation
-every_strategy = strategies("auto", "gram")
+every_strategy = strategies("auto")
 
 
 def dense(p, x, v):
