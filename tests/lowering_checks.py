@@ -14,12 +14,9 @@ from dpbridge.dtypes import to_jax_dtype
 from dpbridge.lowering import lower
 from dpbridge.lowering.interpreter import Tensor, evaluate
 from dpbridge.lowering.table import Run
+from oracles import QUICK_TO_COMPILE
 
 BATCH = 3
-QUICK_TO_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 
 _numbers = torch.Generator().manual_seed(0)
 

@@ -17,8 +17,10 @@ aten = torch.ops.aten
 NONE, MEAN, SUM = range(3)
 
 
-def reduce(values: jax.Array, reduction: int) -> jax.Array:
-    """Returns the values, their mean or their sum."""
+def reduce(values: jax.Array, reduction: int, weight: jax.Array | None = None) -> jax.Array:
+    """Returns the values, each times its weight if there is one; their mean or their sum."""
+    if weight is not None:
+        values = values * weight.astype(values.dtype)
     if reduction == NONE:
         return values
     return jnp.mean(values) if reduction == MEAN else jnp.sum(values)
@@ -213,7 +215,7 @@ def _binary_cross_entropy(
     x, target = in_dtype_of(call, x, target)
     call.require((x >= 0) & (x <= 1), "inputs of binary_cross_entropy must be in [0, 1]")
     loss = _entropy(x, target)
-    return reduce(loss if weight is None else loss * weight.astype(loss.dtype), reduction)
+    return reduce(loss, reduction, weight)
 
 
 @register_lowering(aten.binary_cross_entropy_with_logits.default)
@@ -228,7 +230,7 @@ def _binary_cross_entropy_with_logits(
     x, target = in_dtype_of(call, x, target)
     positive = 1 if pos_weight is None else (pos_weight.astype(x.dtype) - 1) * target + 1
     loss = (1 - target) * x + positive * jax.nn.softplus(-x)
-    return reduce(loss if weight is None else loss * weight.astype(loss.dtype), reduction)
+    return reduce(loss, reduction, weight)
 
 
 @register_lowering(aten.kl_div.default)

@@ -7,6 +7,7 @@ examples at a time, which stay in the cache, and one product for each.
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from jax.extend.core import primitives
 
 from dpkernels.tapped.chunks import sum_examples
 from dpkernels.tapped.graph import Site
-from dpkernels.tapped.rows import products, widened
+from dpkernels.tapped.rows import per_example, products, widened
 from dpkernels.tapped.views import View
 
 _CACHE = 4 * 2**20  # Bytes of patches that are worked on at once.
@@ -117,7 +118,7 @@ class Conv:
 
         def part(rows: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             x, dy, factor = rows
-            outputs = self._outputs(widened(dy) * factor.reshape(-1, *(1,) * (dy.ndim - 1)))
+            outputs = self._outputs(widened(dy) * per_example(factor, dy))
             return self._contracted(self._patches(self._inputs(x)), outputs)
 
         total = sum_examples(part, (saved[0], dy[0], factor), self.at_once)
@@ -131,7 +132,7 @@ class Conv:
 
     def _inputs(self, x: jax.Array) -> jax.Array:
         """Brings `(batch, *loops, ...)` to `(batch, images, *spatial, features)`, padded."""
-        params, rank = self.site.eqn.params, len(self.kernel)
+        params = self.site.eqn.params
         x = widened(_images_last(x, self._specs.lhs_spec, len(self.site.loops)))
         padding = [
             (low, high, inner - 1)
@@ -140,7 +141,6 @@ class Conv:
         if all(widths == (0, 0, 0) for widths in padding):
             return x
         none = [(0, 0, 0)]
-        assert len(padding) == rank
         return lax.pad(x, jnp.zeros((), x.dtype), none * 2 + padding + none)
 
     def _outputs(self, dy: jax.Array) -> jax.Array:
@@ -161,35 +161,30 @@ class Conv:
             out, kernel = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
             ordered = split.transpose(0, 1, *out, 2 + 2 * rank, *kernel, 3 + 2 * rank)
             return ordered.reshape(*lead, *self.out, self.groups, -1)
-        parts = []
-        for offset in itertools.product(*(range(size) for size in self.kernel)):
-            starts = [at * step for at, step in zip(offset, steps, strict=True)]
-            ends = [
-                start + stride * (size - 1) + 1
-                for start, stride, size in zip(starts, strides, self.out, strict=True)
-            ]
-            window = [slice(*bound) for bound in zip(starts, ends, strides, strict=True)]
-            part = inputs[(slice(None), slice(None), *window)]
-            parts.append(part.reshape(*part.shape[:-1], self.groups, features))
+        parts = [inputs[(slice(None), slice(None), *window)] for window in self._windows()]
+        parts = [part.reshape(*part.shape[:-1], self.groups, features) for part in parts]
         return jnp.concatenate(parts, -1)
+
+    def _windows(self) -> Iterator[list[slice]]:
+        """Yields, for each place of the kernel, which of the padded input it meets."""
+        params = self.site.eqn.params
+        strides, steps = params["window_strides"], params["rhs_dilation"]
+        for offset in itertools.product(*(range(size) for size in self.kernel)):
+            yield [
+                slice(at * step, at * step + stride * (size - 1) + 1, stride)
+                for at, step, stride, size in zip(offset, steps, strides, self.out, strict=True)
+            ]
 
     def _overlapping(self, inputs: jax.Array) -> jax.Array:
         """Returns the Gram of the patches of one image, `(batch, groups, rows, rows)`."""
-        params, rank = self.site.eqn.params, len(self.kernel)
         batch, space = inputs.shape[0], inputs.shape[2:-1]
         flat = inputs.reshape(batch, -1, self.groups, inputs.shape[-1] // self.groups)
         flat = flat.transpose(0, 2, 1, 3)
         gram = products(flat, flat).reshape(batch, self.groups, *space, *space)
-        strides, steps = params["window_strides"], params["rhs_dilation"]
         total: Any = 0
-        for offset in itertools.product(*(range(size) for size in self.kernel)):
-            window = [
-                slice(at * step, at * step + stride * (size - 1) + 1, stride)
-                for at, step, stride, size in zip(offset, steps, strides, self.out, strict=True)
-            ]
+        for window in self._windows():
             total = total + gram[(slice(None), slice(None), *window, *window)]
         rows = math.prod(self.out)
-        assert len(space) == rank
         return total.reshape(batch, self.groups, rows, rows)
 
     def _contracted(self, patches: jax.Array, outputs: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend.core import primitives
 
 from dpkernels.tapped.graph import Site
-from dpkernels.tapped.rows import Rows, widened
+from dpkernels.tapped.rows import Rows, per_example, widened
 from dpkernels.tapped.views import View, axes_by_stride
 
 
@@ -98,7 +98,7 @@ class Dense:
         self, saved: list[jax.Array], dy: list[jax.Array], factor: jax.Array
     ) -> jax.Array:
         """Returns the sum of the gradients of all examples, each times its factor."""
-        weighted = widened(dy[0]) * factor.reshape(-1, *(1,) * (dy[0].ndim - 1))
+        weighted = widened(dy[0]) * per_example(factor, dy[0])
         left, right = self._arranged(saved[0], self.x_axes), self._arranged(weighted, self.dy_axes)
         if left.shape[1] == 1:
             return self._as_weight(_contracted(left[:, 0], right[:, 0]), 0)

@@ -403,5 +403,4 @@ def only(keep: jax.Array, array: jax.Array) -> jax.Array:
     """Returns the array `(batch, ...)` with zeros for the examples that are not kept."""
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return array
-    kept = keep.reshape(-1, *(1,) * (array.ndim - 1))
-    return jnp.where(kept, array, jnp.zeros((), array.dtype))
+    return jnp.where(rows.per_example(keep, array), array, jnp.zeros((), array.dtype))

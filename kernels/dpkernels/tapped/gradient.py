@@ -1,6 +1,5 @@
 """Clipped sums of gradients for a loss of one example: from a function to a plan and its steps."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,7 +50,6 @@ class TappedGradient:
         )
         closed, (loss_shape, self._aux) = jax.make_jaxpr(loss, return_shape=True)(shapes, example)
         _check_loss(loss_shape)
-        self._clip_tree = jax.tree.structure(l2_clip_norm)
         self._clipping = Clipping(
             _groups(l2_clip_norm, params),
             tuple(jax.tree.leaves(l2_clip_norm)),
@@ -116,7 +114,7 @@ def _check_params(params: Sequence[jax.Array]) -> None:
 
 
 def _check_loss(shape: Any) -> None:
-    if math.prod(shape.shape) != 1 or shape.shape or not jnp.issubdtype(shape.dtype, jnp.floating):
+    if shape.shape or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise TypeError(
             f"The loss of an example must be a real scalar, got {shape.dtype} of shape "
             f"{shape.shape}. Take its mean or its sum."

@@ -157,3 +157,8 @@ def widened(array: Any) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         return array
     return array.astype(widest([array]))
+
+
+def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns `(batch,)` values with the axes that a product with `like`, `(batch, ...)`, needs."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
