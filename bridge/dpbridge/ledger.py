@@ -120,6 +120,35 @@ class Ledger:
             )
         return self._answers[key]
 
+    def epsilon_after(
+        self,
+        steps: int,
+        *,
+        noise_multiplier: float,
+        sampling_prob: float | None,
+        delta: float,
+        accountant: str = "pld",
+    ) -> float:
+        """Returns the epsilon once so many steps of one kind are added to what was recorded.
+
+        Args:
+            steps: How many, 0 or more.
+            noise_multiplier: As in `record`.
+            sampling_prob: As in `record`.
+            delta: As in `epsilon`.
+            accountant: As in `epsilon`.
+
+        Raises:
+            ValueError: As `record` and `epsilon`.
+            TypeError: If an argument is not a number.
+        """
+        ahead = Ledger()
+        ahead._runs = list(self._runs)
+        steps = _validate.integer("steps", steps, "Pass how many are to come.", minimum=0)
+        if steps:
+            ahead._runs.append(_checked_run("", noise_multiplier, sampling_prob, steps))
+        return ahead.epsilon(delta, accountant)
+
     def _counted_events(self) -> list[tuple[accounting.Event, int]]:
         unknown = self.unknown_steps
         if unknown:

@@ -408,6 +408,156 @@ def test_calibrate_noise_multiplier_says_when_a_target_cannot_be_reached() -> No
         )
 
 
+# -- delta ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.5, 3.0, 80.0])
+@pytest.mark.parametrize("epsilon", [0.0, 0.05, 2.0])
+def test_compute_delta_pld_of_full_batches_is_the_analytic_gaussian(
+    sigma: float, epsilon: float
+) -> None:
+    computed = accounting.compute_delta(
+        noise_multiplier=sigma * 10, sampling_prob=1.0, steps=100, epsilon=epsilon
+    )
+    upper = stats.norm.cdf(0.5 / sigma - epsilon * sigma)
+    exact = upper - math.exp(epsilon + stats.norm.logcdf(-0.5 / sigma - epsilon * sigma))
+    assert exact * (1 - 1e-9) - 1e-15 <= computed <= exact * (1 + 1e-6) + 1e-14
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
+@pytest.mark.parametrize("delta", [1e-14, 1e-9, 1e-5, 0.3])
+def test_compute_delta_at_compute_epsilon_is_within(delta: float, accountant: str) -> None:
+    run = RUN | {"accountant": accountant}
+    epsilon = accounting.compute_epsilon(**run | {"delta": delta})
+    run.pop("delta")
+    assert delta / 1.1 < accounting.compute_delta(**run, epsilon=epsilon) <= delta
+
+
+@pytest.mark.parametrize(("noise_multiplier", "steps", "expected"), [(0.0, 3, 1.0), (0.0, 0, 0.0)])
+def test_compute_delta_of_nothing_and_of_no_noise(
+    noise_multiplier: float, steps: int, expected: float
+) -> None:
+    computed = accounting.compute_delta(
+        noise_multiplier=noise_multiplier, sampling_prob=0.1, steps=steps, epsilon=1.0
+    )
+    assert computed == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *(case for case in BAD_VALUES if case[0] != "delta"),
+        ("epsilon", -1.0, ValueError),
+        ("epsilon", math.inf, ValueError),
+        ("epsilon", "1", TypeError),
+    ],
+)
+def test_compute_delta_refuses_bad_input(name: str, value: object, error: type[Exception]) -> None:
+    run = {key: RUN[key] for key in RUN if key != "delta"} | {"epsilon": 1.0}
+    with pytest.raises(error, match=f"`{name}` must be"):
+        accounting.compute_delta(**run | {name: value})
+
+
+# -- updates and batches that fit -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "noise_multiplier", "sampling_prob", "accountant", "expected"),
+    [
+        (2.0, 3.0, 0.1, "pld", 155),  # JAX Privacy's accounting doctest
+        (2.0, 3.0, 0.1, "rdp", None),
+        (0.5, 20.0, 1.0, "pld", None),
+        (3.0, 0.8, 0.001, "rdp", None),
+    ],
+)
+def test_calibrate_num_updates_is_the_last_within(
+    epsilon: float,
+    noise_multiplier: float,
+    sampling_prob: float,
+    accountant: str,
+    expected: int | None,
+) -> None:
+    run: dict[str, Any] = {
+        "delta": 1e-6,
+        "noise_multiplier": noise_multiplier,
+        "sampling_prob": sampling_prob,
+        "accountant": accountant,
+    }
+    steps = accounting.calibrate_num_updates(epsilon=epsilon, **run)
+    assert expected in (None, steps)
+    spent, more = (accounting.compute_epsilon(steps=steps + one, **run) for one in (0, 1))
+    assert spent <= epsilon < more
+
+
+@pytest.mark.parametrize(
+    ("accountant", "steps", "sizes"),
+    [
+        ("rdp", 10_000, range(1024, 1026)),  # JAX Privacy's calibrate_test
+        ("pld", 100, range(1, 50_000)),
+    ],
+)
+def test_calibrate_batch_size_is_the_last_within(accountant: str, steps: int, sizes: range) -> None:
+    run: dict[str, Any] = {
+        "delta": 1e-5,
+        "noise_multiplier": 4.0,
+        "steps": steps,
+        "accountant": accountant,
+    }
+    size = accounting.calibrate_batch_size(epsilon=2.27535, num_examples=50_000, **run)
+    assert size in sizes
+    spent, more = (
+        accounting.compute_epsilon(sampling_prob=(size + one) / 50_000, **run) for one in (0, 1)
+    )
+    assert spent <= 2.27535 < more
+
+
+def test_calibrate_batch_size_ends_at_the_dataset() -> None:
+    run: dict[str, Any] = {"delta": 1e-5, "noise_multiplier": 50.0, "num_examples": 123}
+    assert accounting.calibrate_batch_size(epsilon=2.0, steps=4, **run) == 123
+    assert accounting.calibrate_batch_size(epsilon=2.0, steps=0, **run) == 123
+
+
+def test_calibrate_num_updates_ends_somewhere() -> None:
+    steps = accounting.calibrate_num_updates(
+        epsilon=5.0, delta=1e-5, noise_multiplier=1e12, sampling_prob=1.0
+    )
+    assert steps == 2**40
+
+
+def test_calibrations_say_when_nothing_fits() -> None:
+    target: dict[str, Any] = {"epsilon": 0.1, "delta": 1e-6, "noise_multiplier": 0.5}
+    with pytest.raises(ValueError, match=r"`epsilon` must be what one update spends or more"):
+        accounting.calibrate_num_updates(sampling_prob=0.5, **target)
+    with pytest.raises(ValueError, match=r"`epsilon` must be what batches of one example spend"):
+        accounting.calibrate_batch_size(num_examples=9, steps=9, **target)
+    with pytest.raises(ValueError, match=r"`epsilon` must be what one update spends or more"):
+        accounting.calibrate_num_updates(sampling_prob=0.5, **target | {"noise_multiplier": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("epsilon", 0.0, ValueError),
+        ("delta", 1.0, ValueError),
+        ("noise_multiplier", -1.0, ValueError),
+        ("sampling_prob", 0.0, ValueError),
+        ("num_examples", 0, ValueError),
+        ("num_examples", 1.5, TypeError),
+        ("steps", -1, ValueError),
+        ("accountant", "prv", ValueError),
+    ],
+)
+def test_calibrations_refuse_bad_input(name: str, value: object, error: type[Exception]) -> None:
+    target: dict[str, Any] = {"epsilon": 1.0, "delta": 1e-6, "noise_multiplier": 1.0}
+    for function, rest in [
+        (accounting.calibrate_num_updates, {"sampling_prob": 0.1}),
+        (accounting.calibrate_batch_size, {"num_examples": 100, "steps": 5}),
+    ]:
+        if name in target | rest or name == "accountant":
+            with pytest.raises(error, match=f"`{name}` must be"):
+                function(**target | rest | {name: value})  # type: ignore[operator]
+
+
 def test_compose_epsilon_does_not_depend_on_order_or_grouping() -> None:
     a, b = accounting.Event(2.0, 0.1), accounting.Event(3.0, 0.05)
     one = accounting.compose_epsilon([(a, 30), (b, 20), (a, 10)], delta=1e-6)
