@@ -7,7 +7,7 @@ from dpkernels.clipping import (
     clipped_fun,
     clipped_grad,
 )
-from dpkernels.noise_addition import gaussian_privatizer
+from dpkernels.noise_addition import gaussian_privatizer, matrix_factorization_privatizer
 from dpkernels.tree_clipping import clip_pytree
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "clipped_fun",
     "clipped_grad",
     "gaussian_privatizer",
+    "matrix_factorization_privatizer",
 ]
 
 refuse_broken_jaxlib()

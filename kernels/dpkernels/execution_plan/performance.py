@@ -1,0 +1,74 @@
+"""How a plan is computed, as opposed to what it releases."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpkernels import clipping
+from dpkernels.clipping import BoundedSensitivityCallable
+
+
+@dataclass(frozen=True)
+class PerformanceFlags:
+    """How a plan is computed. None of it changes what is released, but for rounding.
+
+    Attributes:
+        dtype: Gradients are cast to this type before they are clipped; None sums in float32, or
+            in float64 for float64 gradients, and is faster.
+        noise_seed: Seed or Threefry key of the noise. By default the operating system's. Whoever
+            knows it can take the noise away; two runs with one seed draw the same noise.
+        microbatch_size: How many examples are held in memory at once.
+        spmd_axis_name: See `jax.vmap`.
+        keep_batch_dim: Whether the loss sees an example with a leading axis of 1.
+        strategy: How norms and sums are found: see `dpkernels.clipped_grad`.
+    """
+
+    dtype: Any = None
+    noise_seed: Any = None
+    microbatch_size: int | None = None
+    spmd_axis_name: str | None = None
+    keep_batch_dim: bool = True
+    strategy: str = "auto"
+
+
+def make_clipped_grad(
+    flags: PerformanceFlags,
+    *,
+    l2_clip_norm: Any,
+    rescale_to_unit_norm: bool,
+    normalize_by: float,
+) -> Callable[..., BoundedSensitivityCallable]:
+    """Returns `dpkernels.clipped_grad` with the arguments filled in that a plan decides."""
+
+    def clipped_grad(
+        fun: Callable[..., Any],
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        *,
+        batch_argnums: int | Sequence[int] = 1,
+        prng_argnum: int | None = None,
+        return_values: bool = False,
+        return_grad_norms: bool = False,
+        pre_clipping_transform: Callable[[Any], Any] | None = None,
+    ) -> BoundedSensitivityCallable:
+        """See `dpkernels.clipped_grad`; what is left out here is the plan's."""
+        return clipping.clipped_grad(
+            fun,
+            argnums,
+            has_aux,
+            l2_clip_norm=l2_clip_norm,
+            rescale_to_unit_norm=rescale_to_unit_norm,
+            normalize_by=normalize_by,
+            batch_argnums=batch_argnums,
+            keep_batch_dim=flags.keep_batch_dim,
+            return_values=return_values,
+            return_grad_norms=return_grad_norms,
+            pre_clipping_transform=pre_clipping_transform,
+            microbatch_size=flags.microbatch_size,
+            dtype=flags.dtype,
+            prng_argnum=prng_argnum,
+            spmd_axis_name=flags.spmd_axis_name,
+            strategy=flags.strategy,
+        )
+
+    return clipped_grad
