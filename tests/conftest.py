@@ -2,12 +2,19 @@
 
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 
 # Before jax is imported, and for the processes that tests start as well.
 ON_GPU = os.environ.get("DPBRIDGE_TEST_GPU") == "1"
 if not ON_GPU:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Every DPOptimizer compiles for itself, and a hundred tests make the same one. Each process has
+    # a folder of its own, because JAX writes into it without a lock, and leaves nothing behind.
+    _compiled = tempfile.TemporaryDirectory(prefix="dpbridge-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis  # noqa: E402
@@ -29,6 +36,11 @@ hypothesis.settings.register_profile(
 # HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_unconfigure() -> None:
+    if not ON_GPU:
+        _compiled.cleanup()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -11,6 +11,16 @@ from dpkernels import clipped_grad
 from dpkernels.clipping import STRATEGIES
 from kernel_models import MODELS
 
+# One for each way of computing norms, and one in which several meet.
+REPRESENTATIVE = [
+    "conv-channels_last",
+    "indexing-bag_of_embeddings",
+    "loops-rnn",
+    "programs-causal_attention_with_two_heads",
+    "scaling-layer_norm",
+    "sharing-tied_embedding_with_a_layer_between",
+]
+
 
 def strategies(*quick):
     """Parametrizes by strategy; all but the `quick` ones are marked slow."""
@@ -43,6 +53,16 @@ class Truth:
 @cache
 def truth(name):
     return Truth(MODELS[name])
+
+
+def rows(tree, which):
+    return jax.tree.map(lambda leaf: leaf[which], tree)
+
+
+def with_batch(model, change):
+    """The model's arguments, the batched ones changed."""
+    batched = model.batch_argnums
+    return [change(arg) if i in batched else arg for i, arg in enumerate(model.args)]
 
 
 def quick_jit(function):

@@ -14,7 +14,7 @@ from dpbridge.dtypes import to_jax_dtype
 from dpbridge.lowering import lower
 from dpbridge.lowering.interpreter import Tensor, evaluate
 from dpbridge.lowering.table import Run
-from oracles import QUICK_TO_COMPILE
+from oracles import QUICKEST_TO_COMPILE
 
 BATCH = 3
 
@@ -107,7 +107,7 @@ def compare(cases):
         lowered = lower_function(all_of, [leaf[0] for leaf in leaves])
         flat_cotangents = [to_jax(c) for group in cotangents for c in group]
         step = jax.vmap(partial(_outputs_and_gradients, lowered))
-        found, found_gradients = jax.jit(step, compiler_options=QUICK_TO_COMPILE)(
+        found, found_gradients = jax.jit(step, compiler_options=QUICKEST_TO_COMPILE)(
             [to_jax(leaf) for leaf in leaves], flat_cotangents
         )
     waiting, waiting_gradients = iter(found), iter(found_gradients)
@@ -156,7 +156,7 @@ def _as_one(functions, inputs):
 
 
 def run_program(
-    model, loss_fn, args, kwargs=None, *, randomness=False, seed=0, options=QUICK_TO_COMPILE
+    model, loss_fn, args, kwargs=None, *, randomness=False, seed=0, options=QUICKEST_TO_COMPILE
 ):
     """Returns losses, gradients and checks `(batch, ...)` of the lowered, jitted, vmapped model."""
     kwargs = kwargs or {}
@@ -183,7 +183,9 @@ def run_program(
     return np.asarray(losses), {n: np.asarray(g) for n, g in gradients.items()}, np.asarray(held)
 
 
-def assert_model_matches(model, loss_fn, args, kwargs=None, *, rtol=1e-4, options=QUICK_TO_COMPILE):
+def assert_model_matches(
+    model, loss_fn, args, kwargs=None, *, rtol=1e-4, options=QUICKEST_TO_COMPILE
+):
     """Asserts the loss and all per-example gradients, each relative to its own norm."""
     losses, gradients, held = run_program(model, loss_fn, args, kwargs, options=options)
     assert held.all()

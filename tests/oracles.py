@@ -9,6 +9,9 @@ QUICK_TO_COMPILE = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+# A third of that again, by another code generator for fusions than is in use. For references, and
+# for the lowering of torch's ops: a wrong rule is wrong whatever XLA makes of it.
+QUICKEST_TO_COMPILE = {**QUICK_TO_COMPILE, "xla_cpu_use_fusion_emitters": False}
 
 
 def clipped_sum(gradients, l2_clip_norm, *, rescale=False, normalize_by=1.0):
@@ -118,7 +121,7 @@ def jax_per_example_gradients(model):
         has_aux = options.get("has_aux", False)
         function = jax.jit(
             jax.value_and_grad(model.loss, argnums, has_aux=has_aux),
-            compiler_options=QUICK_TO_COMPILE,
+            compiler_options=QUICKEST_TO_COMPILE,
         )
         values, gradients = [], []
         for i in range(size):

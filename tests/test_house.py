@@ -1,5 +1,8 @@
 """How the house stands: which way imports go, and that every room is shipped."""
 
+import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -15,44 +18,63 @@ ROOT = Path(__file__).parent.parent
 SOURCES = {"dpbridge": ROOT / "bridge" / "dpbridge", "dpkernels": ROOT / "kernels" / "dpkernels"}
 
 
-def run(code):
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+IMPORT_ALL = """
+import importlib, json, os, pkgutil, sys, jax
+before = dict(jax.config.values)
+package = importlib.import_module({package!r})
+# Parts of JAX that are imported on demand bring settings of their own, such as Pallas.
+changed = [name for name in before if jax.config.values[name] != before[name]]
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if module.name != "dpbridge.lightning":
+        importlib.import_module(module.name)
+preallocate = os.environ.get({preallocate!r})
+print(json.dumps(dict(modules=list(sys.modules), changed=changed, preallocate=preallocate)))
+"""
+
+
+def import_all(package):
+    """What a fresh process holds once it has imported all of a package."""
+    code = IMPORT_ALL.format(package=package, preallocate=PREALLOCATE)
+    kept = {name: value for name, value in os.environ.items() if name != PREALLOCATE}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept,
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=300,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    return import_all("dpbridge")
 
 
 def test_kernels_never_import_torch():
-    run(
-        "import sys, pkgutil, importlib, dpkernels\n"
-        "for m in pkgutil.walk_packages(dpkernels.__path__, 'dpkernels.'):\n"
-        "    importlib.import_module(m.name)\n"
-        "assert 'torch' not in sys.modules and 'dpbridge' not in sys.modules"
-    )
+    modules = import_all("dpkernels")["modules"]
+    assert "dpkernels.clipping" in modules
+    assert not {"torch", "dpbridge"} & set(modules)
 
 
-def test_the_bridge_imports_lightning_in_one_place_alone():
-    run(
-        "import sys, pkgutil, importlib, dpbridge\n"
-        "for m in pkgutil.walk_packages(dpbridge.__path__, 'dpbridge.'):\n"
-        "    if m.name != 'dpbridge.lightning':\n"
-        "        importlib.import_module(m.name)\n"
-        "assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)"
-    )
+def test_the_bridge_imports_lightning_in_one_place_alone(bridge):
+    assert "dpbridge.optimizer" in bridge["modules"]
+    assert not {"lightning", "pytorch_lightning"} & set(bridge["modules"])
 
 
-def test_importing_leaves_the_settings_of_jax_alone():
-    run(
-        "import jax\n"
-        "before = dict(jax.config.values)\n"
-        "import dpbridge\n"
-        # Parts of JAX that are imported on demand bring settings of their own, such as Pallas.
-        "assert {name: jax.config.values[name] for name in before} == before"
-    )
+def test_importing_leaves_the_settings_of_jax_alone(bridge):
+    assert not bridge["changed"]
 
 
-def test_importing_keeps_jax_from_taking_the_whole_gpu():
-    check = "assert os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] == "
-    run("import os, dpbridge\n" + check + "'false'")
-    set_first = "import os\nos.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'true'\nimport dpbridge\n"
-    run(set_first + check + "'true'")
+def test_importing_keeps_jax_from_taking_the_whole_gpu(bridge):
+    assert bridge["preallocate"] == "false"
+
+
+def test_importing_leaves_what_the_user_set_about_the_gpu(monkeypatch):
+    monkeypatch.setenv(PREALLOCATE, "true")
+    importlib.reload(dpbridge)
+    assert os.environ[PREALLOCATE] == "true"
 
 
 def test_every_package_is_in_the_distribution():

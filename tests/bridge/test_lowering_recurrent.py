@@ -14,7 +14,7 @@ from dpbridge import DPOptimizer
 from dpbridge.lowering import lower
 from dpbridge.lowering.table import Run
 from lowering_checks import (
-    QUICK_TO_COMPILE,
+    QUICKEST_TO_COMPILE,
     assert_model_matches,
     assert_same,
     compare,
@@ -205,7 +205,7 @@ def drawing(layer):
     lowered = lower_function(lambda x: layer(x)[0].detach(), [torch.ones(1, TIME, FEATURES)])
     x = jnp.ones((1, TIME, FEATURES), jnp.float32)
     step = jax.vmap(lambda key, flag: lowered(x, run=Run(key, flag))[0], in_axes=(0, None))
-    run = jax.jit(step, compiler_options=QUICK_TO_COMPILE)
+    run = jax.jit(step, compiler_options=QUICKEST_TO_COMPILE)
 
     def draw(seed=0, *, randomness=True):
         keys = jax.random.split(jax.random.key(seed), BATCH)

@@ -10,26 +10,20 @@ import pytest
 
 import oracles
 from kernel_checks import (
+    REPRESENTATIVE,
     Truth,
     assert_norms_close,
     assert_sums_close,
     clipped_grad,
     make_sum,
     quick_jit,
+    rows,
     strategies,
     truth,
+    with_batch,
 )
 from kernel_models import BATCH, MODELS, Model
 
-# One for each way of computing norms, and one in which several meet.
-REPRESENTATIVE = [
-    "conv-channels_last",
-    "indexing-bag_of_embeddings",
-    "loops-rnn",
-    "programs-causal_attention_with_two_heads",
-    "scaling-layer_norm",
-    "sharing-tied_embedding_with_a_layer_between",
-]
 every_strategy = strategies("auto")
 every_representative = pytest.mark.parametrize("name", REPRESENTATIVE)
 
@@ -96,18 +90,17 @@ def mixed_sum(strategy):
 NO_PADDING = np.zeros(BATCH, bool)
 
 
-def rows(tree, which):
-    return jax.tree.map(lambda leaf: leaf[which], tree)
+def in_turn(*strategies):
+    """Parametrizes each representative by one of the strategies, in turn; the others are slow."""
+    marked = [
+        pytest.param(name, strategy, marks=[] if (i + j) % 2 == 0 else [pytest.mark.slow])
+        for i, name in enumerate(REPRESENTATIVE)
+        for j, strategy in enumerate(strategies)
+    ]
+    return pytest.mark.parametrize(("name", "strategy"), marked)
 
 
-def with_batch(model, change):
-    """The model's arguments, the batched ones changed."""
-    batched = model.batch_argnums
-    return [change(arg) if i in batched else arg for i, arg in enumerate(model.args)]
-
-
-@strategies("gram", "product")
-@every_representative
+@in_turn("gram", "product")
 def test_strategies_agree(name, strategy):
     model, expected = MODELS[name], truth(name)
     function = make_sum(model, l2_clip_norm=expected.clip_norm, strategy=strategy)
@@ -319,28 +312,6 @@ def test_dtype_may_be_wider_than_the_parameters(strategy):
         total, _ = function(*model.args)
         assert total["w"].dtype == jnp.float64
         assert_sums_close(total, truth(model.name).clipped_sum(1.0))
-
-
-@every_strategy
-@every_representative
-def test_no_example_sees_another(name, strategy):
-    """Nor its own place in the batch: norms and losses move with the example alone."""
-    model = MODELS[name]
-    function = make_sum(model, l2_clip_norm=truth(name).clip_norm, strategy=strategy)
-    _, before = function(*model.args)
-
-    # The last example into the place of the first, and nonsense into its own.
-    def change(arg):
-        def leaf(a):
-            odd = np.nan if np.issubdtype(a.dtype, np.floating) else 10_000
-            return np.concatenate([a[-1:], a[1:-1], np.full_like(a[:1], odd)])
-
-        return jax.tree.map(leaf, arg)
-
-    _, after = function(*with_batch(model, change))
-    expected = rows(before, np.array([BATCH - 1, *range(1, BATCH - 1)]))
-    np.testing.assert_allclose(after.grad_norms[:-1], expected.grad_norms, rtol=1e-6)
-    np.testing.assert_allclose(after.values[:-1], expected.values, rtol=1e-6)
 
 
 @every_strategy

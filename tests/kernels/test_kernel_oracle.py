@@ -2,18 +2,32 @@
 
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
 
-from kernel_checks import STRATEGIES, assert_norms_close, assert_sums_close, make_sum, truth
-from kernel_models import MODELS
+from kernel_checks import (
+    REPRESENTATIVE,
+    STRATEGIES,
+    assert_norms_close,
+    assert_sums_close,
+    make_sum,
+    rows,
+    strategies,
+    truth,
+    with_batch,
+)
+from kernel_models import BATCH, MODELS
+
+
+@cache
+def clipped_sum(name, strategy):
+    return make_sum(MODELS[name], l2_clip_norm=truth(name).clip_norm, strategy=strategy)
 
 
 @cache
 def result(name, strategy):
-    model = MODELS[name]
-    function = make_sum(model, l2_clip_norm=truth(name).clip_norm, strategy=strategy)
-    return function(*model.args)
+    return clipped_sum(name, strategy)(*MODELS[name].args)
 
 
 def mark(name, *strategy):
@@ -47,6 +61,26 @@ def test_values_equal_a_float64_loop(name, strategy):
     np.testing.assert_allclose(
         result(name, strategy)[1].values, truth(name).values, rtol=rtol, atol=rtol
     )
+
+
+@strategies("auto")
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_no_example_sees_another(name, strategy):
+    """Nor its own place in the batch: norms and losses move with the example alone."""
+    before = result(name, strategy)[1]
+
+    # The last example into the place of the first, and nonsense into its own.
+    def change(arg):
+        def leaf(a):
+            odd = np.nan if np.issubdtype(a.dtype, np.floating) else 10_000
+            return np.concatenate([a[-1:], a[1:-1], np.full_like(a[:1], odd)])
+
+        return jax.tree.map(leaf, arg)
+
+    _, after = clipped_sum(name, strategy)(*with_batch(MODELS[name], change))
+    expected = rows(before, np.array([BATCH - 1, *range(1, BATCH - 1)]))
+    np.testing.assert_allclose(after.grad_norms[:-1], expected.grad_norms, rtol=1e-6)
+    np.testing.assert_allclose(after.values[:-1], expected.values, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [mark(name) for name, model in MODELS.items() if model.spreads])
