@@ -11,6 +11,7 @@ from dpbridge import to_jax
 from dpbridge._compat import matmul_precision, x64
 from dpbridge.batches import take_apart
 from dpbridge.clipped_sum import ClippedSum, Result
+from dpbridge.mechanism import GaussianMechanism
 from dpbridge.streams import dropout_stream
 
 
@@ -28,8 +29,9 @@ class Ours(Contender):
         self._clip = task.l2_clip_norm
         self._padding = np.zeros(task.row.batch_size, bool)
         with x64():
+            mechanism = GaussianMechanism(self._clip, 0.0, float(task.row.batch_size))
             self._program = ClippedSum(
-                model, task.row.make_loss(), self._batch, self._trainable, None
+                model, task.row.make_loss(), self._batch, self._trainable, mechanism
             )
         self._found: Result | None = None
 
@@ -58,6 +60,7 @@ class Ours(Contender):
                 self._padding,
                 dropout_stream(0, 0, 0),
                 np.float64(self._clip),
+                {},
                 np.bool_(True),
             ).compile()
 

@@ -2,23 +2,38 @@
 
 from dpbridge import accounting
 from dpbridge._compat import share_the_gpu
+from dpbridge.budget import PrivacyBudgetExceeded
+from dpbridge.config import DPConfig
 from dpbridge.exchange import jax2torch, to_jax, to_torch
+from dpbridge.gradient_computer import DpsgdGradientComputer
 from dpbridge.ledger import Ledger
 from dpbridge.loaders import PoissonLoader
 from dpbridge.lowering import register_lowering
 from dpbridge.optimizer import DPOptimizer
+from dpbridge.plan_loader import PlanLoader
+from dpbridge.private import make_private
+from dpbridge.scaling import scale_then_privatize
+from dpbridge.train import TrainingState, train
 
 share_the_gpu()
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPConfig",
     "DPOptimizer",
+    "DpsgdGradientComputer",
     "Ledger",
+    "PlanLoader",
     "PoissonLoader",
+    "PrivacyBudgetExceeded",
+    "TrainingState",
     "accounting",
     "jax2torch",
+    "make_private",
     "register_lowering",
+    "scale_then_privatize",
     "to_jax",
     "to_torch",
+    "train",
 ]

@@ -3,19 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import dp_accounting
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import nn
 
-import dpkernels
 from dpbridge._compat import matmul_precision
 from dpbridge.batches import Batch
 from dpbridge.exchange import finish, to_jax
 from dpbridge.fingerprint import Fingerprint
 from dpbridge.lowering import lower
+from dpbridge.mechanism import Mechanism
+from dpbridge.scaling import ScaledOptimizer
 from dpbridge.streams import Stream
 from dpkernels.tree_clipping import widest
 
@@ -45,7 +45,8 @@ class ClippedSum:
         loss_fn: The loss, or None if the model returns it.
         batch: A batch of the kind that it is for.
         trainable: The parameters to differentiate, by name.
-        microbatch_size: How many examples JAX holds at once.
+        mechanism: How gradients are clipped.
+        scaling: How they are scaled before that, or None.
 
     Attributes:
         ready_sizes: Padded sizes at which it has run and, unless that is off, was checked.
@@ -62,7 +63,8 @@ class ClippedSum:
         loss_fn: Callable[..., Any] | None,
         batch: Batch,
         trainable: Tensors,
-        microbatch_size: int | None,
+        mechanism: Mechanism,
+        scaling: ScaledOptimizer | None = None,
     ) -> None:
         self._program = lower(model, loss_fn, *batch.example(0))
         parameters = dict(model.named_parameters())
@@ -77,7 +79,7 @@ class ClippedSum:
             for name in self._program.inputs
             if name is not None and name not in trainable
         }
-        self._run = jax.jit(self._make(microbatch_size))
+        self._run = jax.jit(self._make(mechanism, scaling))
         self.ready_sizes: set[int] = set()
         self.fingerprint: Fingerprint | None = None
 
@@ -89,6 +91,7 @@ class ClippedSum:
         *,
         stream: Stream,
         l2_clip_norm: float,
+        second_moments: Tensors | None = None,
         randomness: bool = True,
     ) -> Result:
         """Runs on a batch that is padded already.
@@ -98,7 +101,8 @@ class ClippedSum:
             tensors: Leaves of the batch, `(padded size, ...)`.
             is_padding_example: `(padded size,)` bools.
             stream: Random numbers for dropout, of this physical batch.
-            l2_clip_norm: Bound on each example's gradient.
+            l2_clip_norm: Bound on each example's gradient, where the mechanism takes one.
+            second_moments: By which gradients are scaled, by name, if there is a scaling.
             randomness: False makes dropout the identity.
 
         Raises:
@@ -113,6 +117,7 @@ class ClippedSum:
                     is_padding_example,
                     stream,
                     np.float64(l2_clip_norm),
+                    to_jax(dict(second_moments or {})),
                     np.bool_(randomness),
                 )
             )
@@ -124,7 +129,7 @@ class ClippedSum:
             raise IndexError("; ".join(broken))
         return result
 
-    def _make(self, microbatch_size: int | None) -> Callable[..., Any]:
+    def _make(self, mechanism: Mechanism, scaling: ScaledOptimizer | None) -> Callable[..., Any]:
         program = self._program
 
         def run(
@@ -134,17 +139,22 @@ class ClippedSum:
             is_padding_example: jax.Array,
             stream: Stream,
             l2_clip_norm: jax.Array,
+            second_moments: Arrays,
             randomness: jax.Array,
         ) -> Any:
             def loss_of_example(
                 wide: Arrays, key: jax.Array, row: tuple[jax.Array, ...]
             ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
                 own = {name: wide[name].astype(trainable[name].dtype) for name in wide}
+                # A plan may cut off the example's axis of 1, which the program has.
+                shapes = [(1, *array.shape[1:]) for array in rows]
+                row = tuple(x.reshape(shape) for x, shape in zip(row, shapes, strict=True))
                 loss, holds = program({**frozen, **own}, key, randomness, *row)
                 # One scalar each: `clipped_grad` drops an axis of 1 from what has one.
                 return loss, tuple(holds[i] for i in range(holds.shape[0]))
 
-            clipped_grad = _clipped_grad(loss_of_example, l2_clip_norm, microbatch_size)
+            transform = None if scaling is None else scaling.transform(second_moments)
+            clipped_grad = mechanism.clipped_grad(loss_of_example, l2_clip_norm, transform)
             # Half-precision parameters are differentiated through a cast, so that gradients are
             # clipped and summed in float32.
             wide = {name: array.astype(widest([array])) for name, array in trainable.items()}
@@ -157,26 +167,6 @@ class ClippedSum:
             return sums, jnp.sum(losses) / count, holds
 
         return run
-
-
-def sensitivity(l2_clip_norm: float) -> float:
-    """Returns by how much, in L2 norm, the sums move when an example is added or removed."""
-    function = _clipped_grad(lambda *_: None, l2_clip_norm, None)
-    return function.sensitivity(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-
-
-def _clipped_grad(
-    loss_of_example: Callable[..., Any], l2_clip_norm: Any, microbatch_size: int | None
-) -> dpkernels.BoundedSensitivityCallable:
-    return dpkernels.clipped_grad(
-        loss_of_example,
-        has_aux=True,
-        l2_clip_norm=l2_clip_norm,
-        batch_argnums=2,
-        prng_argnum=1,
-        return_values=True,
-        microbatch_size=microbatch_size,
-    )
 
 
 def settle(result: Result) -> torch.Tensor:

@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from scipy import special
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dpbridge.batches import take_apart
+from dpbridge.budget import PrivacyBudget
 from dpbridge.ledger import Ledger
-from dpbridge.private_gradient import Mechanism, PrivateGradient
+from dpbridge.plan_ledger import PlanLedger
+from dpbridge.plan_loader import PlanLoader
+from dpbridge.private_gradient import PrivateGradient
+from dpbridge.runs import EndlessRun, PlannedRun, check_layers, make_mechanism
+from dpbridge.scaling import ScaledOptimizer
 from dpbridge.trainable import check_model, check_optimizer, check_seed, device_of, names_of
 from dpkernels import _validate
+from dpkernels.execution_plan import DPExecutionPlan
 
 _KEY = "dpbridge"
 _VERSION = 1
@@ -34,6 +39,7 @@ class DPOptimizer(Optimizer):
     Args:
         optimizer: Any torch optimizer over parameters of `model`, but for those that call a
             closure more than once a step (LBFGS). Parameters that it does not hold are frozen.
+            Or what `scale_then_privatize` makes of one.
         model: The module.
         loss_fn: Called as `loss_fn(model(*inputs), target)` for one example at a time, with a
             leading axis of 1; returns a scalar. None if the model returns the loss, or something
@@ -44,6 +50,12 @@ class DPOptimizer(Optimizer):
             number. Never the size drawn.
         sampling_prob: Probability with which each example is in a batch, independently. Without
             it, training works and `epsilon` refuses.
+        plan: A plan of `dpkernels.execution_plan`, in place of the four numbers above: it says
+            how gradients are clipped and noised, and how many steps there are.
+        loader: The `PlanLoader` of the plan. Each step must be one of its draws. Without it,
+            training works and `epsilon` refuses.
+        epsilon: The most that may be spent, at `delta`: the step that would pass it raises.
+        delta: For `epsilon`, in (0, 1).
         microbatch_size: How many examples JAX works on at once: memory against speed, with no
             effect on the result.
         self_check: Whether to compare the first batch of each compiled program with torch's own
@@ -54,7 +66,7 @@ class DPOptimizer(Optimizer):
             the same noise: give one for tests alone.
 
     Raises:
-        TypeError: If an argument has the wrong type.
+        TypeError: If an argument has the wrong type, is missing or contradicts `plan`.
         ValueError: If one is out of range, the optimizer holds a parameter that is not the
             model's, or parameters lie on several devices.
         NotImplementedError: If the model has batch normalisation, or the optimizer needs a
@@ -69,6 +81,10 @@ class DPOptimizer(Optimizer):
         The ledger records a step before its gradient is released.
         The noise stream continues after `load_state_dict` and never goes back; a copy or a pickle
         has a stream of its own: no noise is used twice.
+        With a plan, its clipping and noise are applied, there are at most its steps, and a step
+        on anything but the next whole draw of `loader` raises before noise is drawn.
+        With `epsilon`, the step that would pass it raises PrivacyBudgetExceeded before noise is
+        drawn, and leaves model and ledger as they were.
 
     Source:
         Abadi et al. 2016, algorithm 1; Poisson subsampling, add-or-remove-one neighbours.
@@ -88,53 +104,67 @@ class DPOptimizer(Optimizer):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | ScaledOptimizer,
         model: nn.Module,
         *,
         loss_fn: Callable[..., Any] | None = None,
-        l2_clip_norm: float,
-        noise_multiplier: float,
-        expected_batch_size: float,
+        l2_clip_norm: float | None = None,
+        noise_multiplier: float | None = None,
+        expected_batch_size: float | None = None,
         sampling_prob: float | None = None,
+        plan: DPExecutionPlan | None = None,
+        loader: PlanLoader | None = None,
+        epsilon: float | None = None,
+        delta: float | None = None,
         microbatch_size: int | None = None,
         self_check: bool = True,
         seed: int | None = None,
     ) -> None:
+        scaling = None
+        if isinstance(optimizer, ScaledOptimizer):
+            scaling, optimizer = optimizer, optimizer.base_optimizer
         check_optimizer(optimizer)
         check_model(model)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(
                 f"`loss_fn` must be callable, got {loss_fn!r}. Pass a loss module or a function."
             )
-        mechanism = Mechanism(
-            l2_clip_norm=_validate.positive(
-                "l2_clip_norm", l2_clip_norm, "Pass the bound on one example's gradient norm."
-            ),
-            noise_multiplier=_validate.non_negative(
-                "noise_multiplier", noise_multiplier, "Calibrate it with dpbridge.accounting."
-            ),
-            expected_batch_size=_validate.positive(
-                "expected_batch_size", expected_batch_size, "Pass sampling_prob * len(dataset)."
-            ),
-        )
-        if sampling_prob is not None:
-            hint = "Pass expected_batch_size / len(dataset)."
-            sampling_prob = _validate.probability("sampling_prob", sampling_prob, hint)
-        if microbatch_size is not None:
-            hint = "Pass how many examples fit in memory at once, or None."
-            microbatch_size = _validate.integer("microbatch_size", microbatch_size, hint, minimum=1)
         seed = secrets.randbits(64) if seed is None else check_seed(seed)
+        budget = None if epsilon is None else PrivacyBudget(epsilon, _needed_delta(delta))
+        self._run: EndlessRun | PlannedRun
+        if plan is None:
+            hint = "Pass expected_batch_size / len(dataset)."
+            if sampling_prob is not None:
+                sampling_prob = _validate.probability("sampling_prob", sampling_prob, hint)
+            _refuse_given("without a plan", loader=loader)
+            mechanism = make_mechanism(
+                l2_clip_norm=l2_clip_norm,
+                noise_multiplier=noise_multiplier,
+                expected_batch_size=expected_batch_size,
+                microbatch_size=microbatch_size,
+            )
+            self._run = EndlessRun(mechanism, sampling_prob, budget)
+        else:
+            _refuse_given(
+                "with a plan",
+                l2_clip_norm=l2_clip_norm,
+                noise_multiplier=noise_multiplier,
+                expected_batch_size=expected_batch_size,
+                sampling_prob=sampling_prob,
+                microbatch_size=microbatch_size,
+            )
+            self._run = PlannedRun(plan, loader, budget)
 
         self.base_optimizer = optimizer
-        self._sampling_prob = sampling_prob
-        self.ledger = Ledger()
         self._names = names_of(model)
         self._gradient = PrivateGradient(
-            model, loss_fn, mechanism, seed, microbatch_size, bool(self_check)
+            model, loss_fn, self._run.mechanism, seed, scaling, bool(self_check)
         )
         for group in optimizer.param_groups:
             self._check_membership(group["params"])
         self._released: dict[str, int] = {}
+        if plan is not None:
+            check_layers(plan, self._trainable(self._grouped()))
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._is_ready = True
 
@@ -173,24 +203,39 @@ class DPOptimizer(Optimizer):
             self.base_optimizer.defaults = defaults
 
     @property
+    def ledger(self) -> Ledger | PlanLedger:
+        """The record of what was released."""
+        return self._run.ledger
+
+    @property
+    def plan(self) -> DPExecutionPlan | None:
+        """The plan that is followed, if there is one."""
+        return self._run.plan if isinstance(self._run, PlannedRun) else None
+
+    @property
     def sampling_prob(self) -> float | None:
         """Probability with which each example is in a batch, if known."""
-        return self._sampling_prob
+        return self._number("sampling_prob")
 
     @property
-    def noise_multiplier(self) -> float:
-        """Standard deviation of the noise over `l2_clip_norm`."""
-        return self._gradient.mechanism.noise_multiplier
+    def noise_multiplier(self) -> float | None:
+        """Standard deviation of the noise over the sensitivity; None if the plan does not say."""
+        return self._number("noise_multiplier")
 
     @property
-    def l2_clip_norm(self) -> float:
-        """Bound on the L2 norm of each example's gradient."""
-        return self._gradient.mechanism.l2_clip_norm
+    def l2_clip_norm(self) -> Any:
+        """Bound on the L2 norm of each example's gradient; None if the plan does not say."""
+        return self._number("l2_clip_norm")
 
     @property
-    def expected_batch_size(self) -> float:
-        """What the noised sum is divided by."""
-        return self._gradient.mechanism.expected_batch_size
+    def expected_batch_size(self) -> float | None:
+        """The mean size of a draw, by which the noised sum is divided where there is no plan."""
+        return self._run.mechanism.expected_batch_size
+
+    def _number(self, name: str) -> Any:
+        if isinstance(self._run, PlannedRun):
+            return getattr(self._run.plan.config, name, None)
+        return getattr(self._run if name == "sampling_prob" else self._run.mechanism, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer.
@@ -262,8 +307,9 @@ class DPOptimizer(Optimizer):
             What the closure returns, or None.
 
         Raises:
-            RuntimeError: If there was no `backward` since the last step, or something else put a
-                gradient into `p.grad`.
+            RuntimeError: If there was no `backward` since the last step, something else put a
+                gradient into `p.grad`, the plan's steps are used up, or this is not its draw.
+            PrivacyBudgetExceeded: If the step would pass the budget.
         """
         result = None
         if closure is not None:
@@ -278,10 +324,8 @@ class DPOptimizer(Optimizer):
         trainable = self._trainable(grouped)
         self._gradient.check_names(trainable)
         self._check_grads(grouped)
-        self.ledger.record(
-            noise_multiplier=self.noise_multiplier,
-            sampling_prob=self.sampling_prob if self._is_plausible_draw() else None,
-        )
+        self._run.check_step(self._gradient.drawn)
+        self._run.record(self._gradient.drawn)
         released = self._gradient.release(trainable)
         for name, parameter in grouped.items():
             # One that was frozen since the last step keeps no gradient, whosever it is.
@@ -295,26 +339,21 @@ class DPOptimizer(Optimizer):
         self._gradient.discard()
         super().zero_grad(set_to_none)
 
-    def epsilon(self, delta: float, *, accountant: str = "pld") -> float:
-        """Returns the epsilon spent so far, by add-or-remove-one.
+    def epsilon(self, delta: float, *, accountant: str | None = None) -> float:
+        """Returns the epsilon spent so far.
+
+        By add-or-remove-one, or by the plan's own neighbouring relation.
 
         Args:
             delta: In (0, 1); well below 1 / len(dataset).
-            accountant: `"pld"` or `"rdp"`.
+            accountant: `"pld"` or `"rdp"`; by default the tightest that can answer.
 
         Raises:
-            ValueError: If `delta` or `accountant` is out of range, `sampling_prob` is unknown, or a
-                step held more examples than a Poisson draw of that probability can.
+            ValueError: If `delta` or `accountant` is out of range, `sampling_prob` is unknown, a
+                step held more examples than a Poisson draw of that probability can, or batches
+                did not come from the plan's loader.
         """
-        if self.sampling_prob is not None and self.ledger.unknown_steps:
-            raise ValueError(
-                "`epsilon` must follow from how batches were drawn, got "
-                f"{self.ledger.unknown_steps} steps with more examples than Poisson subsampling "
-                f"with sampling_prob={self.sampling_prob} and expected_batch_size="
-                f"{self.expected_batch_size} draws. Make one step of one draw of a PoissonLoader "
-                "with the same sampling_prob."
-            )
-        return self.ledger.epsilon(delta, accountant=accountant)
+        return self._run.epsilon(delta, accountant)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the wrapped optimizer's state with the ledger and the noise stream.
@@ -329,7 +368,7 @@ class DPOptimizer(Optimizer):
         own = {
             "version": _VERSION,
             "ledger": self.ledger.state_dict(),
-            "noise": {"seed": self._gradient.seed, "steps": self._gradient.steps},
+            "noise": self._gradient.noise_state(),
         }
         return {**self.base_optimizer.state_dict(), _KEY: own}
 
@@ -345,19 +384,24 @@ class DPOptimizer(Optimizer):
             RuntimeError: Between `backward` and `step`.
         """
         self._refuse_mid_step("load_state_dict")
-        ledger, seed, steps = _read_state(state_dict.get(_KEY))
-        gradient = self._gradient
-        if self.ledger.steps and seed != gradient.seed:
+        own = _checked_state(state_dict.get(_KEY))
+        gradient, noise = self._gradient, own["noise"]
+        if self.ledger.steps and noise["seed"] != gradient.seed:
             raise ValueError(
                 f"`state_dict` must be of this run, got one of another run with {self.ledger.steps}"
                 " steps made here, which would be forgotten. Load it into a new DPOptimizer."
             )
+        ledger = copy.copy(self.ledger)
+        ledger.load_state_dict(own["ledger"])
+        go_to_saved_noise = gradient.read_noise_state(noise, self._trainable(self._grouped()))
         rest = {name: value for name, value in state_dict.items() if name != _KEY}
         self.base_optimizer.load_state_dict(rest)
+        if noise["steps"] >= gradient.steps or noise["seed"] != gradient.seed:
+            go_to_saved_noise()
         if ledger.steps >= self.ledger.steps:
-            self.ledger = ledger
-        gradient.steps = steps if seed != gradient.seed else max(steps, gradient.steps)
-        gradient.seed = seed
+            self.ledger.load_state_dict(own["ledger"])
+        if self._run.budget is not None:
+            self._run.budget.forget()
 
     # The wrapped optimizer makes and reads the state, so its machinery runs the hooks; they see
     # this optimizer, which they were registered on.
@@ -391,31 +435,37 @@ class DPOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_mid_step("copying")
-        gradient = self._gradient
+        gradient, run = self._gradient, self._run
+        if isinstance(run, PlannedRun):
+            raise NotImplementedError(
+                "An optimizer with a plan must not be copied or pickled: two runs would draw from "
+                "one plan, which accounts for one. Make a new one from the plan; to go on with "
+                "this run, load its state_dict there."
+            )
         return {
-            "base_optimizer": self.base_optimizer,
-            "sampling_prob": self.sampling_prob,
-            "ledger": self.ledger,
+            "optimizer": gradient.scaling or self.base_optimizer,
             "model": gradient.model,
             "loss_fn": gradient.loss_fn,
-            "mechanism": gradient.mechanism,
-            "microbatch_size": gradient.microbatch_size,
             "self_check": gradient.self_check,
+            "ledger": run.ledger,
+            "options": {
+                **vars(run.mechanism),
+                "sampling_prob": run.sampling_prob,
+                "epsilon": run.budget and run.budget.epsilon,
+                "delta": run.budget and run.budget.delta,
+            },
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model, mechanism = state["model"], state["mechanism"]
         DPOptimizer.__init__(
             self,
-            state["base_optimizer"],
-            model,
+            state["optimizer"],
+            state["model"],
             loss_fn=state["loss_fn"],
-            sampling_prob=state["sampling_prob"],
-            microbatch_size=state["microbatch_size"],
             self_check=state["self_check"],
-            **vars(mechanism),
+            **state["options"],
         )
-        self.ledger = copy.deepcopy(state["ledger"])
+        self.ledger.load_state_dict(state["ledger"].state_dict())
 
     def _grouped(self) -> dict[str, nn.Parameter]:
         """Returns the parameters of all groups by name."""
@@ -431,19 +481,6 @@ class DPOptimizer(Optimizer):
                 "Unfreeze one with requires_grad_(True)."
             )
         return found
-
-    def _is_plausible_draw(self) -> bool:
-        """Whether a Poisson draw can have as many examples as this step: once in 1e12, if not."""
-        if self.sampling_prob is None:
-            return True
-        drawn = self._gradient.drawn
-        population = max(1, round(self.expected_batch_size / self.sampling_prob))
-        if drawn == 0:
-            return True
-        if drawn > population:
-            return False
-        tail = special.betainc(drawn, population - drawn + 1, self.sampling_prob)
-        return bool(tail > 1e-12)
 
     def _check_membership(self, params: list[Any]) -> None:
         if any(p not in self._names for p in params):
@@ -473,8 +510,8 @@ class DPOptimizer(Optimizer):
             )
 
 
-def _read_state(own: Any) -> tuple[Ledger, int, int]:
-    """Checks all of a checkpoint's private part before any of it is used."""
+def _checked_state(own: Any) -> dict[str, Any]:
+    """Checks the form of a checkpoint's private part before any of it is used."""
     parts = {"version", "ledger", "noise"}
     if not isinstance(own, dict) or set(own) != parts or not isinstance(own["noise"], dict):
         raise ValueError(
@@ -486,10 +523,26 @@ def _read_state(own: Any) -> tuple[Ledger, int, int]:
             f"`state_dict` must be of version {_VERSION}, got {own['version']!r}. "
             "Load it with the release that wrote it."
         )
-    ledger = Ledger()
-    ledger.load_state_dict(own["ledger"])
     hint = "The checkpoint is damaged."
     steps = _validate.integer("noise.steps", own["noise"].get("steps"), hint, minimum=0)
     if steps >= 2**32:
         raise ValueError(f"`noise.steps` must be below 2**32, got {steps}. {hint}")
-    return ledger, check_seed(own["noise"].get("seed")), steps
+    check_seed(own["noise"].get("seed"))
+    return own
+
+
+def _refuse_given(where: str, **arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise TypeError(
+            f"`{given[0]}` must be left out {where}, got {arguments[given[0]]!r}. "
+            "A plan and its loader say how batches are drawn, clipped and noised."
+        )
+
+
+def _needed_delta(delta: float | None) -> float:
+    if delta is None:
+        raise TypeError(
+            "`delta` must be given with `epsilon`, got None. Pass one well below 1 / len(dataset)."
+        )
+    return delta

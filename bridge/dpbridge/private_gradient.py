@@ -1,5 +1,6 @@
 """The private half of a step: clip and sum in JAX, noise once, and only then back to torch."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,36 +13,16 @@ from torch import nn
 
 from dpbridge._compat import x64
 from dpbridge.batches import Batch, pad, padded_size
-from dpbridge.clipped_sum import Arrays, ClippedSum, sensitivity, settle
+from dpbridge.clipped_sum import Arrays, ClippedSum, settle
 from dpbridge.exchange import finish, to_jax
 from dpbridge.fingerprint import Fingerprint
+from dpbridge.mechanism import Mechanism
+from dpbridge.scaling import ScaledOptimizer
 from dpbridge.self_check import check_gradients
-from dpbridge.streams import Stream, dropout_stream, noise_stream
-from dpkernels import gaussian_privatizer
-from dpkernels.noise_addition import NoiseState
+from dpbridge.streams import dropout_stream
 from dpkernels.tree_clipping import widest
 
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """What is released at each logical step: a noised clipped sum over a public number.
-
-    Attributes:
-        l2_clip_norm: Bound on each example's gradient.
-        noise_multiplier: Standard deviation of the noise over the sensitivity.
-        expected_batch_size: The public number that the sum is divided by.
-    """
-
-    l2_clip_norm: float
-    noise_multiplier: float
-    expected_batch_size: float
-
-    @property
-    def stddev(self) -> float:
-        """Standard deviation of the noise on the sum."""
-        return self.noise_multiplier * sensitivity(self.l2_clip_norm)
+Tensors = Mapping[str, nn.Parameter]
 
 
 @dataclass(eq=False)
@@ -52,8 +33,8 @@ class PrivateGradient:
         model: The module.
         loss_fn: The loss, or None if the model returns it.
         mechanism: What to release.
-        seed: Of the noise and of dropout, below 2**64.
-        microbatch_size: How many examples JAX holds at once.
+        seed: Of dropout and, unless a plan has its own, of the noise; below 2**64.
+        scaling: How gradients are scaled before they are clipped, or None.
         self_check: Whether to compare the first batch of each compiled program with torch.
         steps: How many releases there were: the position in the noise stream.
     """
@@ -62,7 +43,7 @@ class PrivateGradient:
     loss_fn: Callable[..., Any] | None
     mechanism: Mechanism
     seed: int
-    microbatch_size: int | None
+    scaling: ScaledOptimizer | None
     self_check: bool
     steps: int = 0
     _parts: int = 0
@@ -117,7 +98,7 @@ class PrivateGradient:
         return loss
 
     def _clip_and_sum(self, batch: Batch, trainable: Tensors) -> tuple[Arrays, torch.Tensor]:
-        size = padded_size(batch.size, self.mechanism.expected_batch_size)
+        size = padded_size(batch.size, self.mechanism.expected_batch_size or batch.size)
         tensors = pad(batch, size)
         clipped_sum = self._program(batch, trainable, tensors)
         result = clipped_sum(
@@ -125,7 +106,8 @@ class PrivateGradient:
             tensors,
             np.arange(size) >= batch.size,
             stream=dropout_stream(self.seed, self.steps, self._parts),
-            l2_clip_norm=self.mechanism.l2_clip_norm,
+            l2_clip_norm=getattr(self.mechanism, "l2_clip_norm", math.inf),
+            second_moments=self._second_moments(trainable),
         )
         loss = settle(result)
         return result.sums if self._sums is None else _add(self._sums, result.sums), loss
@@ -144,23 +126,57 @@ class PrivateGradient:
 
         Guarantees:
             Each coordinate is (clipped sum + N(0, (noise_multiplier · l2_clip_norm)²)) divided by
-            `expected_batch_size`, whatever the number of examples drawn.
+            `expected_batch_size`, whatever the number of examples drawn; or what the plan makes
+            of the sum.
             Noise is drawn once, however many batches were added.
         """
-        self.check_names(trainable)
         with x64():
-            sums = self._sums if self._sums is not None else _zeros(trainable)
-            noised = _noised(
-                sums,
-                noise_stream(self.seed),
-                np.uint32(self.steps),
-                np.float64(self.mechanism.stddev),
-                np.float64(self.mechanism.expected_batch_size),
-            )
+            sums = self.take_sums(trainable)
+            noised = self.mechanism.noised(sums, self.seed, self.steps)
+            if self.scaling is not None:
+                moments = to_jax(self._second_moments(trainable))
+                noised = self.scaling.transform(moments)(noised, inverse=True)
             self.steps += 1
-            self.discard()
             dtypes = {name: parameter.dtype for name, parameter in trainable.items()}
             return {name: finish(noised[name]).to(dtypes[name]) for name in trainable}
+
+    def take_sums(self, trainable: Tensors) -> Arrays:
+        """Returns what was added, not noised, and starts anew. Call it under `x64`.
+
+        Raises:
+            RuntimeError: If other parameters are trainable than when the batches were added.
+        """
+        self.check_names(trainable)
+        sums = self._sums if self._sums is not None else _zeros(trainable)
+        self.discard()
+        return sums
+
+    def _second_moments(self, trainable: Tensors) -> dict[str, torch.Tensor]:
+        return {} if self.scaling is None else self.scaling.second_moments(trainable)
+
+    def noise_state(self) -> dict[str, Any]:
+        """Returns what the noise of later steps depends on, in plain types and tensors."""
+        with x64():
+            return {"seed": self.seed, "steps": self.steps, **self.mechanism.state_dict()}
+
+    def read_noise_state(self, state: Mapping[str, Any], trainable: Tensors) -> Callable[[], None]:
+        """Reads a saved place in the noise, and returns what goes there.
+
+        Args:
+            state: What `noise_state` returned; seed and steps are checked already.
+            trainable: The parameters to differentiate, by name.
+
+        Raises:
+            ValueError: If it is the state of another mechanism.
+        """
+        with x64():
+            restore = self.mechanism.read_state(state, _zeros(trainable))
+
+        def go() -> None:
+            restore()
+            self.seed, self.steps = state["seed"], state["steps"]
+
+        return go
 
     def check_names(self, trainable: Tensors) -> None:
         """Raises RuntimeError if other parameters are trainable than in what was added."""
@@ -179,10 +195,21 @@ class PrivateGradient:
         kind, size = (batch.signature, dtypes), tensors[0].shape[0]
         program = self._programs.get((kind, self._fingerprint().key))
         if program is None:
-            program = ClippedSum(self.model, self.loss_fn, batch, trainable, self.microbatch_size)
+            program = ClippedSum(
+                self.model, self.loss_fn, batch, trainable, self.mechanism, self.scaling
+            )
         if size not in program.ready_sizes:
             if self.self_check:
-                check_gradients(program, self.model, self.loss_fn, batch, tensors, trainable)
+                check_gradients(
+                    program,
+                    self.model,
+                    self.loss_fn,
+                    batch,
+                    tensors,
+                    trainable,
+                    scaling=self.scaling,
+                    is_clipped=not self.mechanism.has_given_norm,
+                )
             program.ready_sizes.add(size)
             # Filed under what the model is now: one that counts its own calls has changed since
             # the look-up, and would otherwise be lowered anew at every step.
@@ -202,19 +229,6 @@ _MOST_PROGRAMS = 64
 @jax.jit
 def _add(left: Arrays, right: Arrays) -> Arrays:
     return jax.tree.map(jnp.add, left, right)
-
-
-@jax.jit
-def _noised(
-    sums: Arrays,
-    stream: Stream,
-    step: jax.Array,
-    stddev: jax.Array,
-    expected_batch_size: jax.Array,
-) -> Arrays:
-    privatizer = gaussian_privatizer(stddev=stddev)
-    noised, _ = privatizer.update(sums, NoiseState(stream.key(), step))
-    return jax.tree.map(lambda x: x / expected_batch_size.astype(x.dtype), noised)
 
 
 def _zeros(trainable: Tensors) -> Arrays:

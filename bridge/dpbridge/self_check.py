@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from dpbridge.batches import Batch
 from dpbridge.clipped_sum import ClippedSum
-from dpbridge.exchange import to_torch
+from dpbridge.exchange import to_jax, to_torch
 from dpbridge.lowering.program import loss_of_example
+from dpbridge.scaling import ScaledOptimizer
 from dpbridge.streams import dropout_stream
 
 Tensors = Mapping[str, torch.Tensor]
@@ -38,11 +39,16 @@ def check_gradients(
     batch: Batch,
     tensors: tuple[torch.Tensor, ...],
     trainable: Tensors,
+    *,
+    scaling: ScaledOptimizer | None = None,
+    is_clipped: bool = False,
 ) -> None:
     """Compares the gradients of the first and the last example, dropout off.
 
     They come from the executable that trains: at its batch size, all examples but one masked, the
     clip norm infinite. The last example is the one in the last row, so padding is in play too.
+    A plan clips to a norm of its own, so that only the direction of each parameter's gradient is
+    left to compare.
 
     Args:
         clipped_sum: The program.
@@ -51,11 +57,15 @@ def check_gradients(
         batch: The batch, not empty.
         tensors: Its tensors, padded by repeating the last example.
         trainable: The parameters to differentiate, by name.
+        scaling: How the program scales gradients before it clips them, or None. Here all of them
+            alike, which is taken back from the result.
+        is_clipped: Whether the program clips even if the norm it is given is infinite.
 
     Raises:
         RuntimeError: If they differ; the message names the parameter.
     """
     size = tensors[0].shape[0]
+    moments = {} if scaling is None else {n: torch.ones_like(p) for n, p in trainable.items()}
     for row, example in ((0, 0), (size - 1, batch.size - 1)):
         result = clipped_sum(
             trainable,
@@ -63,10 +73,17 @@ def check_gradients(
             np.arange(size) != row,
             stream=dropout_stream(0, 0, 0),
             l2_clip_norm=float("inf"),
+            second_moments=moments,
             randomness=False,
         )
         expected = _torch_gradients(model, loss_fn, batch, example, trainable)
-        _compare(to_torch(result.sums), expected, trainable, example)
+        sums = result.sums
+        if scaling is not None:
+            sums = scaling.transform(to_jax(moments))(sums, inverse=True)
+        found = to_torch(sums)
+        if is_clipped:
+            found = {name: _rescaled(found[name], expected[name]) for name in trainable}
+        _compare(found, expected, trainable, example)
 
 
 def _torch_gradients(
@@ -85,6 +102,13 @@ def _torch_gradients(
         return {name: torch.zeros_like(p) for name, p in trainable.items()}
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return dict(zip(trainable, grads, strict=True))
+
+
+def _rescaled(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Undoes clipping: scales a gradient to the norm that it should have had."""
+    found = found.double()
+    norm = found.norm()
+    return found * (expected.double().norm() / norm) if norm else found
 
 
 def _compare(found: Tensors, expected: Tensors, trainable: Tensors, example: int) -> None:

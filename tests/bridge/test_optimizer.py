@@ -801,8 +801,8 @@ def test_draws_beyond_the_tail_are_told_apart(expected, sampling_prob, drawn, is
     optimizer = make_optimizer(
         make_model(), expected_batch_size=expected, sampling_prob=sampling_prob
     )
-    optimizer._gradient._drawn = drawn
-    assert optimizer._is_plausible_draw() is is_plausible
+    optimizer._run.record(drawn)
+    assert (optimizer.ledger.unknown_steps == 0) is is_plausible
 
 
 def test_the_sampling_probability_cannot_be_changed():

@@ -125,9 +125,9 @@ def test_self_check_runs_once_for_each_compiled_size(monkeypatch):
     runs = []
     real = dpbridge.private_gradient.check_gradients
 
-    def counting(*args):
+    def counting(*args, **kwargs):
         runs.append(args)
-        real(*args)
+        real(*args, **kwargs)
 
     monkeypatch.setattr(dpbridge.private_gradient, "check_gradients", counting)
     optimizer = make_optimizer(nn.Linear(4, 2))

@@ -1,0 +1,224 @@
+"""What one logical step releases: a clipped sum with noise on it, over a public number."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import dp_accounting
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dpkernels
+from dpbridge.exchange import to_jax, to_torch
+from dpbridge.streams import Stream, noise_stream
+from dpkernels import BoundedSensitivityCallable, gaussian_privatizer
+from dpkernels.execution_plan import DPExecutionPlan
+from dpkernels.noise_addition import NoiseState
+
+Arrays = dict[str, jax.Array]
+Transform = Callable[[Any], Any]
+
+
+class Mechanism(Protocol):
+    """How gradients are clipped and noised.
+
+    Attributes:
+        expected_batch_size: Mean size of a draw, or None where it is not known.
+        has_given_norm: Whether `clipped_grad` clips to the norm that it is given, rather than to
+            one of its own.
+    """
+
+    @property
+    def expected_batch_size(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def has_given_norm(self) -> bool: ...  # noqa: D102
+
+    def clipped_grad(
+        self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
+    ) -> BoundedSensitivityCallable:
+        """Returns the clipped sum of `loss(params, key, rows)`, as `ClippedSum` calls it.
+
+        Args:
+            loss: Of one example.
+            norm: To clip to, if `has_given_norm`.
+            transform: Applied to each gradient before it is clipped.
+        """
+        ...
+
+    def noised(self, sums: Arrays, seed: int, step: int) -> Arrays:
+        """Returns what is released at a step. Each step is asked for once, one after another."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the noise of later steps depends on, seed and step apart."""
+        ...
+
+    def read_state(self, state: Mapping[str, Any], sums: Arrays) -> Callable[[], None]:
+        """Reads it and returns what restores it; `sums` are as those that are noised."""
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianMechanism:
+    """A sum clipped to one norm, with noise drawn afresh at each step: that of DP-SGD.
+
+    Attributes:
+        l2_clip_norm: Bound on each example's gradient.
+        noise_multiplier: Standard deviation of the noise over the sensitivity.
+        expected_batch_size: The public number that the noised sum is divided by.
+        microbatch_size: How many examples JAX holds at once.
+    """
+
+    l2_clip_norm: float
+    noise_multiplier: float
+    expected_batch_size: float
+    microbatch_size: int | None = None
+
+    has_given_norm = True
+
+    @property
+    def stddev(self) -> float:
+        """Standard deviation of the noise on the sum."""
+        function = self.clipped_grad(lambda *_: None, self.l2_clip_norm)
+        relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+        return self.noise_multiplier * function.sensitivity(relation)
+
+    def clipped_grad(
+        self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
+    ) -> BoundedSensitivityCallable:
+        """See `Mechanism`. The norm may be traced: a program serves the self-check too."""
+        return dpkernels.clipped_grad(
+            loss,
+            l2_clip_norm=norm,
+            microbatch_size=self.microbatch_size,
+            pre_clipping_transform=transform,
+            **_ARGUMENTS,
+        )
+
+    def noised(self, sums: Arrays, seed: int, step: int) -> Arrays:
+        """See `Mechanism`."""
+        return _noised(
+            sums,
+            noise_stream(seed),
+            np.uint32(step),
+            np.float64(self.stddev),
+            np.float64(self.expected_batch_size),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Mechanism`: seed and step decide all of the noise."""
+        return {}
+
+    def read_state(self, state: Mapping[str, Any], sums: Arrays) -> Callable[[], None]:
+        """See `Mechanism`."""
+        del sums
+        if set(state) != {"seed", "steps"}:
+            raise ValueError(
+                f"`state_dict` must be of a run without a plan, got noise of {sorted(state)}. "
+                "Load it into an optimizer with the plan that it was saved under."
+            )
+        return lambda: None
+
+
+class PlanMechanism:
+    """What a plan clips and adds. Its noise may depend on that of earlier steps.
+
+    Args:
+        plan: The plan.
+        expected_batch_size: Mean size of its draws, or None where it is not known.
+    """
+
+    has_given_norm = False
+
+    def __init__(self, plan: DPExecutionPlan, expected_batch_size: float | None) -> None:
+        self.plan = plan
+        self.expected_batch_size = expected_batch_size
+        self._state: Any = None
+        self._update = jax.jit(plan.noise_addition_transform.update)
+
+    def clipped_grad(
+        self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
+    ) -> BoundedSensitivityCallable:
+        """See `Mechanism`."""
+        del norm
+        options = {} if transform is None else {"pre_clipping_transform": transform}
+        return self.plan.clipped_grad(loss, **_ARGUMENTS, **options)
+
+    def noised(self, sums: Arrays, seed: int, step: int) -> Arrays:
+        """See `Mechanism`. The plan has its own seed and counts its steps itself."""
+        del seed, step
+        if self._state is None:
+            self._state = self.plan.noise_addition_transform.init(_zeros_like(sums))
+        noised, self._state = self._update(sums, self._state)
+        return dict(noised)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the noise as tensors, or None in its place before the first step."""
+        if self._state is None:
+            return {"state": None}
+        leaves = [_key_data(leaf) for leaf in jax.tree.leaves(self._state)]
+        return {"state": [tensor.clone() for tensor in to_torch(leaves)]}
+
+    def read_state(self, state: Mapping[str, Any], sums: Arrays) -> Callable[[], None]:
+        """Reads the state of the noise.
+
+        Raises:
+            ValueError: If it is not that of this plan with parameters of these shapes.
+        """
+        if "state" in state and state["state"] is None:
+            return lambda: setattr(self, "_state", None)
+        fresh = self.plan.noise_addition_transform.init(_zeros_like(sums))
+        leaves, structure = jax.tree.flatten(fresh)
+        kinds = [(_key_data(leaf).shape, _key_data(leaf).dtype) for leaf in leaves]
+        saved = state.get("state")
+        arrays = to_jax(list(saved)) if isinstance(saved, (list, tuple)) else []
+        if [(array.shape, array.dtype) for array in arrays] != kinds:
+            raise ValueError(
+                "`state_dict` must hold the noise of this plan for these parameters, got other "
+                "shapes or types. Make the plan and the model as they were when it was saved."
+            )
+        own = [jnp.array(array) for array in arrays]  # The tensors stay the caller's.
+        restored = jax.tree.unflatten(structure, map(_like, own, leaves))
+        return lambda: setattr(self, "_state", restored)
+
+
+_ARGUMENTS: dict[str, Any] = {
+    "has_aux": True,
+    "batch_argnums": 2,
+    "prng_argnum": 1,
+    "return_values": True,
+}
+
+
+@jax.jit
+def _noised(
+    sums: Arrays,
+    stream: Stream,
+    step: jax.Array,
+    stddev: jax.Array,
+    expected_batch_size: jax.Array,
+) -> Arrays:
+    privatizer = gaussian_privatizer(stddev=stddev)
+    noised, _ = privatizer.update(sums, NoiseState(stream.key(), step))
+    return jax.tree.map(lambda x: x / expected_batch_size.astype(x.dtype), noised)
+
+
+def _zeros_like(sums: Arrays) -> optax.Params:
+    return {name: jnp.zeros(x.shape, x.dtype) for name, x in sums.items()}
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _key_data(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+
+
+def _like(array: jax.Array, leaf: jax.Array) -> jax.Array:
+    if not _is_key(leaf):
+        return array
+    return jax.random.wrap_key_data(array, impl=str(jax.random.key_impl(leaf)))

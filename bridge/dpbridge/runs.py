@@ -1,0 +1,226 @@
+"""The two kinds of run: one without an end, of equal steps, and one that follows a plan."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from scipy import special
+
+from dpbridge.budget import PrivacyBudget
+from dpbridge.ledger import Ledger
+from dpbridge.mechanism import GaussianMechanism, Mechanism, PlanMechanism
+from dpbridge.plan_ledger import PlanLedger
+from dpbridge.plan_loader import PlanLoader
+from dpkernels import _validate
+from dpkernels.execution_plan import DPExecutionPlan, PrivateConfig
+
+
+class Run(Protocol):
+    """What is released at each step of a run, and what that spends."""
+
+    @property
+    def mechanism(self) -> Mechanism: ...  # noqa: D102
+
+    @property
+    def ledger(self) -> Ledger | PlanLedger: ...  # noqa: D102
+
+    def check_step(self, drawn: int) -> None:
+        """Raises RuntimeError if a step on this many examples must not be made now."""
+        ...
+
+    def record(self, drawn: int) -> None:
+        """Puts such a step into the ledger; call it before anything of the step is released."""
+        ...
+
+    def epsilon(self, delta: float, accountant: str | None) -> float:
+        """Returns the epsilon spent so far; raises ValueError where none holds."""
+        ...
+
+
+class EndlessRun:
+    """Equal steps of DP-SGD, as many as the user makes.
+
+    Args:
+        mechanism: What each step releases.
+        sampling_prob: Probability with which each example is in a batch, or None if unknown.
+        budget: What may be spent, or None.
+        ledger: What was spent before.
+    """
+
+    def __init__(
+        self,
+        mechanism: GaussianMechanism,
+        sampling_prob: float | None,
+        budget: PrivacyBudget | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.mechanism = mechanism
+        self.sampling_prob = sampling_prob
+        self.budget = budget
+        self.ledger = ledger or Ledger()
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made."""
+        return self.ledger.steps
+
+    def check_step(self, drawn: int) -> None:
+        """See `Run`."""
+        if self.budget is not None:
+            self._refuse_implausible(drawn)
+            self.budget.check(self)
+
+    def record(self, drawn: int) -> None:
+        """See `Run`."""
+        self.ledger.record(
+            noise_multiplier=self.mechanism.noise_multiplier,
+            sampling_prob=self.sampling_prob if self._is_plausible(drawn) else None,
+        )
+
+    def epsilon(self, delta: float, accountant: str | None) -> float:
+        """See `Run`."""
+        if self.sampling_prob is not None and self.ledger.unknown_steps:
+            raise ValueError(
+                "`epsilon` must follow from how batches were drawn, got "
+                f"{self.ledger.unknown_steps} steps with more examples than Poisson subsampling "
+                f"with sampling_prob={self.sampling_prob} and expected_batch_size="
+                f"{self.mechanism.expected_batch_size} draws. Make one step of one draw of a "
+                "PoissonLoader with the same sampling_prob."
+            )
+        return self.ledger.epsilon(delta, accountant=accountant or "pld")
+
+    def epsilon_after(self, steps: int, delta: float, accountant: str | None) -> float:
+        """Returns the epsilon once there are this many steps in all."""
+        return self.ledger.epsilon_after(
+            steps - self.ledger.steps,
+            noise_multiplier=self.mechanism.noise_multiplier,
+            sampling_prob=self.sampling_prob,
+            delta=delta,
+            accountant=accountant or "pld",
+        )
+
+    def _is_plausible(self, drawn: int) -> bool:
+        """Whether a Poisson draw can have as many examples: once in 1e12, if not."""
+        if self.sampling_prob is None or drawn == 0:
+            return True
+        population = max(1, round(self.mechanism.expected_batch_size / self.sampling_prob))
+        if drawn > population:
+            return False
+        tail = special.betainc(drawn, population - drawn + 1, self.sampling_prob)
+        return bool(tail > 1e-12)
+
+    def _refuse_implausible(self, drawn: int) -> None:
+        if self.sampling_prob is None or not self._is_plausible(drawn):
+            raise RuntimeError(
+                "A budget of `epsilon` must be spent on draws whose probability is known, got a "
+                f"step on {drawn} examples with sampling_prob={self.sampling_prob}. Make one step "
+                "of one draw of a PoissonLoader with the same sampling_prob."
+            )
+
+
+class PlannedRun:
+    """The steps of a plan, one for each of its draws.
+
+    Args:
+        plan: The plan.
+        loader: Where its batches come from, or None if they come from elsewhere: then no epsilon
+            is stated.
+        budget: What may be spent, or None.
+
+    Raises:
+        ValueError: If the loader is not this plan's.
+    """
+
+    def __init__(
+        self,
+        plan: DPExecutionPlan,
+        loader: PlanLoader | None,
+        budget: PrivacyBudget | None = None,
+    ) -> None:
+        if loader is not None and not isinstance(loader, PlanLoader):
+            raise TypeError(
+                f"`loader` must be a PlanLoader, got {type(loader).__name__}. "
+                "Make it with PlanLoader(plan, dataset)."
+            )
+        if loader is not None and loader.plan is not plan:
+            raise ValueError(
+                "`loader` must be made from the plan of the optimizer, got that of another plan. "
+                "Pass the same plan to both."
+            )
+        self.plan, self.loader, self.budget = plan, loader, budget
+        size = None
+        if loader is not None:
+            size = plan.batch_selection_strategy.expected_batch_size(len(loader.dataset))
+        self.mechanism = PlanMechanism(plan, size)
+        self.ledger = PlanLedger(plan, is_loaded=loader is not None)
+
+    def check_step(self, drawn: int) -> None:
+        """See `Run`."""
+        self.ledger.check()
+        if self.loader is not None:
+            self._check_draw(self.loader, drawn)
+        if self.budget is not None:
+            if self.loader is None:
+                self.ledger.refuse_unknown()
+            self.budget.check(self.ledger, most=self.plan.iterations)
+
+    def record(self, drawn: int) -> None:
+        """See `Run`."""
+        del drawn
+        self.ledger.record()
+
+    def epsilon(self, delta: float, accountant: str | None) -> float:
+        """See `Run`."""
+        return self.ledger.epsilon(delta, accountant)
+
+    def _check_draw(self, loader: PlanLoader, drawn: int) -> None:
+        """Raises unless what was added up is the draw that belongs to this step, and all of it."""
+        step = self.ledger.steps + 1
+        if loader.draws_begun != step:
+            raise RuntimeError(
+                f"Step {step} must be made on draw {step} of the plan's loader, got draw "
+                f"{loader.draws_begun}. Make one step of each batch, also of an empty one; after "
+                "loading a checkpoint of the optimizer load that of the loader too."
+            )
+        if drawn != loader.draw_size or loader.parts_yielded != loader.accumulation_steps:
+            raise RuntimeError(
+                f"Step {step} must be made on the {loader.draw_size} examples of its draw, in "
+                f"{loader.accumulation_steps} parts, got {drawn} in {loader.parts_yielded}. Pass "
+                "every batch of the loader to `backward` once."
+            )
+
+
+def make_mechanism(
+    *,
+    l2_clip_norm: Any,
+    noise_multiplier: Any,
+    expected_batch_size: Any,
+    microbatch_size: Any,
+) -> GaussianMechanism:
+    """Checks the numbers of an endless run."""
+    if microbatch_size is not None:
+        hint = "Pass how many examples fit in memory at once, or None."
+        microbatch_size = _validate.integer("microbatch_size", microbatch_size, hint, minimum=1)
+    return GaussianMechanism(
+        l2_clip_norm=_validate.positive(
+            "l2_clip_norm", l2_clip_norm, "Pass the bound on one example's gradient norm."
+        ),
+        noise_multiplier=_validate.non_negative(
+            "noise_multiplier", noise_multiplier, "Calibrate it with dpbridge.accounting."
+        ),
+        expected_batch_size=_validate.positive(
+            "expected_batch_size", expected_batch_size, "Pass sampling_prob * len(dataset)."
+        ),
+        microbatch_size=microbatch_size,
+    )
+
+
+def check_layers(plan: DPExecutionPlan, names: Mapping[str, Any]) -> None:
+    """Raises ValueError if a plan clips layers by names that are not the model's parameters."""
+    norm = plan.config.l2_clip_norm if isinstance(plan.config, PrivateConfig) else 1.0
+    if isinstance(norm, (int, float)):
+        return
+    if not isinstance(norm, Mapping) or set(norm) != set(names):
+        raise ValueError(
+            "`l2_clip_norm` must be a number, or a number for each trainable parameter by name, "
+            f"got {norm!r:.200}. The parameters are {', '.join(names)}."
+        )
