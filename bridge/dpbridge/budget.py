@@ -38,8 +38,9 @@ class PrivacyBudget:
         self.accountant = accountant
         self._within = 0  # so many steps in all are known to be affordable
         self._beyond: int | None = None  # and so many not to be
+        self._basis: object = None
 
-    def check(self, ledger: _Ledger, *, most: int | None = None) -> None:
+    def check(self, ledger: _Ledger, *, most: int | None = None, basis: object = None) -> None:
         """Raises if one more step would pass the budget.
 
         To state an epsilon takes some hundredths of a second, so it is asked for more steps than
@@ -48,11 +49,14 @@ class PrivacyBudget:
         Args:
             ledger: What was spent so far.
             most: How many steps there can be in all, or None.
+            basis: What was spent on other than such steps; the answers of before hold for one.
 
         Raises:
             PrivacyBudgetExceeded: If it would.
             ValueError: If the ledger states no epsilon.
         """
+        if basis != self._basis:
+            self._within, self._beyond, self._basis = 0, None, basis
         wanted = ledger.steps + 1
         if wanted <= self._within:
             return
@@ -74,7 +78,3 @@ class PrivacyBudget:
             f"that would spend {spent:.6g} in all. Nothing was released; {ledger.steps} steps were "
             "made before it. Stop here, or plan for more noise or fewer steps."
         )
-
-    def forget(self) -> None:
-        """Asks anew at the next step: the ledger was replaced."""
-        self._within, self._beyond = 0, None

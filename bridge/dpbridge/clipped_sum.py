@@ -16,7 +16,9 @@ from dpbridge.fingerprint import Fingerprint
 from dpbridge.lowering import lower
 from dpbridge.mechanism import Mechanism
 from dpbridge.scaling import ScaledOptimizer
-from dpbridge.streams import Stream
+from dpbridge.streams import Stream, dropout_stream
+from dpkernels import BoundedSensitivityCallable
+from dpkernels.tapped.explain import Explanation
 from dpkernels.tree_clipping import widest
 
 Arrays = dict[str, jax.Array]
@@ -129,19 +131,47 @@ class ClippedSum:
             raise IndexError("; ".join(broken))
         return result
 
+    def explain(
+        self,
+        trainable: Tensors,
+        tensors: Sequence[torch.Tensor],
+        *,
+        second_moments: Tensors | None = None,
+    ) -> Explanation:
+        """Says how norm and clipped sum of every parameter are found, and what that costs.
+
+        Args:
+            trainable: The parameters to differentiate, by name.
+            tensors: Leaves of the batch, `(size, ...)`.
+            second_moments: As in a call.
+
+        Raises:
+            NotImplementedError: If the gradient of every example is formed.
+        """
+        rows = to_jax(tuple(tensors))
+        clipped_grad, wide = self._prepare(
+            to_jax(dict(trainable)),
+            to_jax(self._frozen),
+            rows,
+            1.0,
+            to_jax(dict(second_moments or {})),
+            np.bool_(False),
+        )
+        return clipped_grad.explain(wide, dropout_stream(0, 0, 0).key(), rows)
+
     def _make(self, mechanism: Mechanism, scaling: ScaledOptimizer | None) -> Callable[..., Any]:
         program = self._program
 
-        def run(
+        def prepare(
             trainable: Arrays,
             frozen: Arrays,
             rows: tuple[jax.Array, ...],
-            is_padding_example: jax.Array,
-            stream: Stream,
-            l2_clip_norm: jax.Array,
+            l2_clip_norm: Any,
             second_moments: Arrays,
-            randomness: jax.Array,
-        ) -> Any:
+            randomness: Any,
+        ) -> tuple[BoundedSensitivityCallable, Arrays]:
+            """Returns the clipped sum, of parameters and rows, and its parameters."""
+
             def loss_of_example(
                 wide: Arrays, key: jax.Array, row: tuple[jax.Array, ...]
             ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -154,10 +184,24 @@ class ClippedSum:
                 return loss, tuple(holds[i] for i in range(holds.shape[0]))
 
             transform = None if scaling is None else scaling.transform(second_moments)
-            clipped_grad = mechanism.clipped_grad(loss_of_example, l2_clip_norm, transform)
             # Half-precision parameters are differentiated through a cast, so that gradients are
             # clipped and summed in float32.
             wide = {name: array.astype(widest([array])) for name, array in trainable.items()}
+            return mechanism.clipped_grad(loss_of_example, l2_clip_norm, transform), wide
+
+        def run(
+            trainable: Arrays,
+            frozen: Arrays,
+            rows: tuple[jax.Array, ...],
+            is_padding_example: jax.Array,
+            stream: Stream,
+            l2_clip_norm: jax.Array,
+            second_moments: Arrays,
+            randomness: jax.Array,
+        ) -> Any:
+            clipped_grad, wide = prepare(
+                trainable, frozen, rows, l2_clip_norm, second_moments, randomness
+            )
             key = stream.key()
             sums, aux = clipped_grad(wide, key, rows, is_padding_example=is_padding_example)
             is_real = ~is_padding_example
@@ -166,6 +210,7 @@ class ClippedSum:
             holds = tuple(jnp.all(jnp.where(is_real, h, True)) for h in aux.aux)
             return sums, jnp.sum(losses) / count, holds
 
+        self._prepare = prepare
         return run
 
 

@@ -25,15 +25,35 @@ Arrays = dict[str, jax.Array]
 
 @dataclass(frozen=True, eq=False)
 class ClippedGradients:
-    """The mean of clipped gradients, kept in JAX. Private: `add_noise_to_grads` makes it not.
+    """Clipped gradients added up, kept in JAX. Private: `add_noise_to_grads` makes them not.
+
+    Those of several batches of one step add up with `+`.
 
     Attributes:
-        mean: By parameter name.
-        size: Of how many examples it is the mean.
+        total: By parameter name.
+        size: Of how many examples it is the sum.
     """
 
-    mean: Arrays
+    total: Arrays
     size: int
+
+    @property
+    def mean(self) -> Arrays:
+        """The mean over the batch, by parameter name; zeros for an empty one."""
+        with x64():
+            size = max(self.size, 1)
+            return {name: x / np.asarray(size, x.dtype) for name, x in self.total.items()}
+
+    def __add__(self, other: "ClippedGradients") -> "ClippedGradients":
+        if self.total.keys() != other.total.keys():
+            raise ValueError(
+                "ClippedGradients must be of the same parameters to be added, got "
+                f"{', '.join(sorted(self.total))} and {', '.join(sorted(other.total))}. "
+                "Do not freeze or unfreeze parameters within a step."
+            )
+        with x64():
+            total = {name: x + other.total[name] for name, x in self.total.items()}
+        return ClippedGradients(total, self.size + other.size)
 
 
 class NoisedGradients(NamedTuple):
@@ -72,8 +92,9 @@ class DpsgdGradientComputer:
         NotImplementedError: If the model has batch normalisation.
 
     Guarantees:
-        One example moves the mean over n examples by at most `clipping_norm` / n in L2 norm, or
-        1 / n if rescaled.
+        One example moves the sum of the clipped gradients by at most `clipping_norm` in L2 norm,
+        or 1 if rescaled.
+        What is noised is that sum over `total_batch_size`, whatever the number of examples drawn.
         The noise on each coordinate is N(0, std²), std = noise_multiplier · clipping_norm /
         total_batch_size, or noise_multiplier / total_batch_size if rescaled.
         Each `noise_state` has noise of its own.
@@ -116,7 +137,7 @@ class DpsgdGradientComputer:
     def loss_and_clipped_gradients(
         self, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, ClippedGradients]:
-        """Returns the mean loss of a batch and the mean of its clipped gradients.
+        """Returns the mean loss of a batch and its clipped gradients.
 
         Args:
             *args: As in `DPOptimizer.backward`.
@@ -131,12 +152,10 @@ class DpsgdGradientComputer:
         loss = self._gradient.add(batch, trainable)
         with x64():
             sums = self._gradient.take_sums(trainable)
-            divisor = max(batch.size, 1) * (
-                self.clipping_norm if self.rescale_to_unit_norm else 1.0
-            )
-            mean = {name: array / np.asarray(divisor, array.dtype) for name, array in sums.items()}
+            unit = self.clipping_norm if self.rescale_to_unit_norm else 1.0
+            total = {name: x / np.asarray(unit, x.dtype) for name, x in sums.items()}
         self._drawn += 1
-        return loss, ClippedGradients(mean, batch.size)
+        return loss, ClippedGradients(total, batch.size)
 
     def init_noise_state(self) -> int:
         """Returns the state before the first draw of noise."""
@@ -145,31 +164,25 @@ class DpsgdGradientComputer:
     def add_noise_to_grads(
         self, grads: ClippedGradients, *, total_batch_size: int, noise_state: int
     ) -> NoisedGradients:
-        """Returns the gradients with noise on them.
+        """Returns the sum of the gradients over the total batch size, with noise on it.
 
         Args:
-            grads: What `loss_and_clipped_gradients` returned.
-            total_batch_size: Over how many examples, on all devices and in all accumulated
-                batches, the gradient that is stepped with is a mean.
+            grads: What `loss_and_clipped_gradients` returned, of all batches of the step.
+            total_batch_size: How many examples a step has, in the mean if they are drawn at
+                random: a public number, never the number drawn.
             noise_state: What the call before returned, or `init_noise_state`.
 
         Raises:
             TypeError: If an argument has the wrong type.
-            ValueError: If one is out of range, or the batch had more than `total_batch_size`
-                examples.
+            ValueError: If one is out of range.
         """
         if not isinstance(grads, ClippedGradients):
             raise TypeError(
                 f"`grads` must be ClippedGradients, got {type(grads).__name__}. Pass what "
                 "`loss_and_clipped_gradients` returned."
             )
-        hint = "Pass the examples of all batches of the step."
+        hint = "Pass the examples of a step."
         total = _validate.integer("total_batch_size", total_batch_size, hint, minimum=1)
-        if total < grads.size:
-            raise ValueError(
-                f"`total_batch_size` must be at least the {grads.size} examples of `grads`, got "
-                f"{total}. {hint}"
-            )
         hint = "Pass what the call before returned."
         step = _validate.integer("noise_state", noise_state, hint, minimum=0)
         bound = 1.0 if self.rescale_to_unit_norm else self.clipping_norm
@@ -177,8 +190,10 @@ class DpsgdGradientComputer:
         trainable = self._trainable()
         with x64():
             stream = noise_stream(self._gradient.seed)
-            noised = _noised(grads.mean, stream, np.uint32(step), np.float64(std))
-            tensors = {name: finish(noised[name]).to(trainable[name].dtype) for name in grads.mean}
+            noised = _noised(
+                grads.total, stream, np.uint32(step), np.float64(std), np.float64(total)
+            )
+            tensors = {name: finish(noised[name]).to(trainable[name].dtype) for name in grads.total}
         return NoisedGradients(tensors, std, step + 1)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
@@ -187,6 +202,9 @@ class DpsgdGradientComputer:
 
 
 @jax.jit
-def _noised(mean: Arrays, stream: Stream, step: jax.Array, std: jax.Array) -> Arrays:
-    noised, _ = gaussian_privatizer(stddev=std).update(mean, NoiseState(stream.key(), step))
+def _noised(
+    sums: Arrays, stream: Stream, step: jax.Array, std: jax.Array, total: jax.Array
+) -> Arrays:
+    scaled = {name: x / total.astype(x.dtype) for name, x in sums.items()}
+    noised, _ = gaussian_privatizer(stddev=std).update(scaled, NoiseState(stream.key(), step))
     return dict(noised)

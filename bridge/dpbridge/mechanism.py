@@ -1,6 +1,7 @@
 """What one logical step releases: a clipped sum with noise on it, over a public number."""
 
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import optax
 import dpkernels
 from dpbridge.exchange import to_jax, to_torch
 from dpbridge.streams import Stream, noise_stream
-from dpkernels import BoundedSensitivityCallable, gaussian_privatizer
+from dpkernels import BoundedSensitivityCallable, _validate, gaussian_privatizer
 from dpkernels.execution_plan import DPExecutionPlan
 from dpkernels.noise_addition import NoiseState
 
@@ -28,6 +29,7 @@ class Mechanism(Protocol):
         expected_batch_size: Mean size of a draw, or None where it is not known.
         has_given_norm: Whether `clipped_grad` clips to the norm that it is given, rather than to
             one of its own.
+        run: Tells runs apart that have one seed; None where the seed decides the noise.
     """
 
     @property
@@ -35,6 +37,13 @@ class Mechanism(Protocol):
 
     @property
     def has_given_norm(self) -> bool: ...  # noqa: D102
+
+    @property
+    def run(self) -> int | None: ...  # noqa: D102
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises RuntimeError if gradients of these parameters cannot be noised."""
+        ...
 
     def clipped_grad(
         self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
@@ -78,6 +87,7 @@ class GaussianMechanism:
     microbatch_size: int | None = None
 
     has_given_norm = True
+    run = None
 
     @property
     def stddev(self) -> float:
@@ -97,6 +107,9 @@ class GaussianMechanism:
             pre_clipping_transform=transform,
             **_ARGUMENTS,
         )
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """See `Mechanism`: all can."""
 
     def noised(self, sums: Arrays, seed: int, step: int) -> Arrays:
         """See `Mechanism`."""
@@ -136,7 +149,9 @@ class PlanMechanism:
     def __init__(self, plan: DPExecutionPlan, expected_batch_size: float | None) -> None:
         self.plan = plan
         self.expected_batch_size = expected_batch_size
+        self.run: int | None = secrets.randbits(63)
         self._state: Any = None
+        self._names: set[str] | None = None
         self._update = jax.jit(plan.noise_addition_transform.update)
 
     def clipped_grad(
@@ -147,9 +162,21 @@ class PlanMechanism:
         options = {} if transform is None else {"pre_clipping_transform": transform}
         return self.plan.clipped_grad(loss, **_ARGUMENTS, **options)
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises RuntimeError if other parameters are trainable than at the steps before."""
+        changed = set() if self._names is None else self._names ^ set(names)
+        if changed:
+            raise RuntimeError(
+                "Parameters must stay frozen or trainable for the whole of a plan, whose noise "
+                f"builds on that of earlier steps, got a change of {', '.join(sorted(changed))}. "
+                "Make a plan for each stage of training."
+            )
+
     def noised(self, sums: Arrays, seed: int, step: int) -> Arrays:
         """See `Mechanism`. The plan has its own seed and counts its steps itself."""
         del seed, step
+        self.check_names(sums)
+        self._names = set(sums)
         if self._state is None:
             self._state = self.plan.noise_addition_transform.init(_zeros_like(sums))
         noised, self._state = self._update(sums, self._state)
@@ -158,9 +185,9 @@ class PlanMechanism:
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the noise as tensors, or None in its place before the first step."""
         if self._state is None:
-            return {"state": None}
+            return {"run": self.run, "state": None}
         leaves = [_key_data(leaf) for leaf in jax.tree.leaves(self._state)]
-        return {"state": [tensor.clone() for tensor in to_torch(leaves)]}
+        return {"run": self.run, "state": [tensor.clone() for tensor in to_torch(leaves)]}
 
     def read_state(self, state: Mapping[str, Any], sums: Arrays) -> Callable[[], None]:
         """Reads the state of the noise.
@@ -168,8 +195,10 @@ class PlanMechanism:
         Raises:
             ValueError: If it is not that of this plan with parameters of these shapes.
         """
+        hint = "Load what DPOptimizer.state_dict returned."
+        run = _validate.integer("noise.run", state.get("run"), hint, minimum=0)
         if "state" in state and state["state"] is None:
-            return lambda: setattr(self, "_state", None)
+            return lambda: self._go_to(run, None, None)
         fresh = self.plan.noise_addition_transform.init(_zeros_like(sums))
         leaves, structure = jax.tree.flatten(fresh)
         kinds = [(_key_data(leaf).shape, _key_data(leaf).dtype) for leaf in leaves]
@@ -182,7 +211,10 @@ class PlanMechanism:
             )
         own = [jnp.array(array) for array in arrays]  # The tensors stay the caller's.
         restored = jax.tree.unflatten(structure, map(_like, own, leaves))
-        return lambda: setattr(self, "_state", restored)
+        return lambda: self._go_to(run, restored, set(sums))
+
+    def _go_to(self, run: int, state: Any, names: set[str] | None) -> None:
+        self.run, self._state, self._names = run, state, names
 
 
 _ARGUMENTS: dict[str, Any] = {

@@ -21,6 +21,7 @@ from dpbridge.scaling import ScaledOptimizer
 from dpbridge.trainable import check_model, check_optimizer, check_seed, device_of, names_of
 from dpkernels import _validate
 from dpkernels.execution_plan import DPExecutionPlan
+from dpkernels.tapped.explain import Explanation
 
 _KEY = "dpbridge"
 _VERSION = 1
@@ -294,8 +295,30 @@ class DPOptimizer(Optimizer):
                 "Call backward(*inputs, target)."
             )
         trainable = self._trainable(self._grouped())
-        device = device_of(self._gradient.model)
-        return self._gradient.add(take_apart(args, kwargs, device), trainable)
+        batch = take_apart(args, kwargs, device_of(self._gradient.model))
+        self._run.check_part(self._gradient.parts, batch.size)
+        return self._gradient.add(batch, trainable)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Says why a step costs what it costs: how each parameter's gradient is clipped.
+
+        Nothing is trained or recorded.
+
+        Args:
+            *args: As in `backward`. Only shapes and types count.
+            **kwargs: Likewise.
+
+        Returns:
+            What prints as a table: each parameter, the equations that use it, the form chosen,
+            floating point operations and bytes.
+
+        Raises:
+            NotImplementedError: If the model uses an op that cannot be lowered, or the gradient
+                of every example is formed, as `scale_then_privatize` needs.
+            TypeError, ValueError: As `backward`.
+        """
+        batch = take_apart(args, kwargs, device_of(self._gradient.model))
+        return self._gradient.explain(batch, self._trainable(self._grouped()))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Noises the sum, steps the wrapped optimizer with it, and records the event.
@@ -326,7 +349,11 @@ class DPOptimizer(Optimizer):
         self._check_grads(grouped)
         self._run.check_step(self._gradient.drawn)
         self._run.record(self._gradient.drawn)
-        released = self._gradient.release(trainable)
+        try:
+            released = self._gradient.release(trainable)
+        except BaseException:
+            self._run.fail()
+            raise
         for name, parameter in grouped.items():
             # One that was frozen since the last step keeps no gradient, whosever it is.
             parameter.grad = released.get(name)
@@ -386,7 +413,8 @@ class DPOptimizer(Optimizer):
         self._refuse_mid_step("load_state_dict")
         own = _checked_state(state_dict.get(_KEY))
         gradient, noise = self._gradient, own["noise"]
-        if self.ledger.steps and noise["seed"] != gradient.seed:
+        is_same_run = noise["seed"] == gradient.seed and noise.get("run") == gradient.mechanism.run
+        if self.ledger.steps and not is_same_run:
             raise ValueError(
                 f"`state_dict` must be of this run, got one of another run with {self.ledger.steps}"
                 " steps made here, which would be forgotten. Load it into a new DPOptimizer."
@@ -396,12 +424,10 @@ class DPOptimizer(Optimizer):
         go_to_saved_noise = gradient.read_noise_state(noise, self._trainable(self._grouped()))
         rest = {name: value for name, value in state_dict.items() if name != _KEY}
         self.base_optimizer.load_state_dict(rest)
-        if noise["steps"] >= gradient.steps or noise["seed"] != gradient.seed:
+        if noise["steps"] >= gradient.steps or not is_same_run:
             go_to_saved_noise()
         if ledger.steps >= self.ledger.steps:
             self.ledger.load_state_dict(own["ledger"])
-        if self._run.budget is not None:
-            self._run.budget.forget()
 
     # The wrapped optimizer makes and reads the state, so its machinery runs the hooks; they see
     # this optimizer, which they were registered on.

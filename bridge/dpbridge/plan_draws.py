@@ -25,6 +25,7 @@ class PlanDraws:
     Attributes:
         seed: Of all draws.
         begun: How many draws were begun.
+        digest_before: A hash of those that were begun before the last of them.
     """
 
     def __init__(self, plan: DPExecutionPlan, num_examples: int, seed: int) -> None:
@@ -37,6 +38,7 @@ class PlanDraws:
         )
         self._kept: deque[np.ndarray] = deque()  # from the one on that was begun last
         self._hash = hashlib.sha256()
+        self.digest_before = self.digest
 
     @property
     def digest(self) -> str:
@@ -67,6 +69,7 @@ class PlanDraws:
         if self.begun:
             self._kept.popleft()
         self.begun += 1
+        self.digest_before = self.digest
         self._hash.update(f"{len(indices)}:".encode() + indices.astype("<i8").tobytes())
 
     def _make(self, number: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The record of a run that follows a plan: how many of its steps are released."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,9 @@ import dp_accounting
 
 from dpkernels import _validate
 from dpkernels.execution_plan import DPExecutionPlan, config_from_dict, config_to_dict
+
+# The hash of no draws at all.
+NO_DRAWS = hashlib.sha256().hexdigest()
 
 
 class PlanLedger:
@@ -17,9 +21,13 @@ class PlanLedger:
         is_loaded: Whether the batches come from the plan's own loader. If not, no epsilon is
             stated.
 
+    Attributes:
+        draws: The loader's hash of the draws of all recorded steps.
+
     Guarantees:
         * `epsilon` is what the plan says of as many steps as were recorded.
-        * Without the plan's own loader no epsilon is stated.
+        * If any step was made without the plan's own loader, no epsilon is stated, also after
+          saving and loading.
         * `load_state_dict` either restores the whole record or changes nothing.
 
     Example:
@@ -34,7 +42,8 @@ class PlanLedger:
 
     def __init__(self, plan: DPExecutionPlan, *, is_loaded: bool) -> None:
         self._plan, self._is_loaded = plan, is_loaded
-        self._steps = 0
+        self._steps, self._unknown = 0, 0
+        self.draws = NO_DRAWS
         self._answers: dict[tuple[float, str | None, int], float] = {}
 
     def __repr__(self) -> str:
@@ -48,7 +57,7 @@ class PlanLedger:
     @property
     def unknown_steps(self) -> int:
         """How many steps were made on batches that did not come from the plan's loader."""
-        return 0 if self._is_loaded else self._steps
+        return self._unknown
 
     @property
     def events(self) -> dp_accounting.DpEvent:
@@ -65,14 +74,19 @@ class PlanLedger:
                 "used up. Make a plan of more iterations before training starts."
             )
 
-    def record(self) -> None:
+    def record(self, draws: str = NO_DRAWS) -> None:
         """Counts one step; call it before anything of the step is released.
+
+        Args:
+            draws: The loader's hash of all draws up to this step's.
 
         Raises:
             RuntimeError: If the plan has no step left.
         """
         self.check()
         self._steps += 1
+        self._unknown += not self._is_loaded
+        self.draws = draws
 
     def epsilon(self, delta: float, accountant: str | None = None) -> float:
         """Returns the epsilon spent so far.
@@ -81,17 +95,16 @@ class PlanLedger:
             ValueError: If batches do not come from the plan's loader, the sampling has no sound
                 accounting, or an argument is out of range.
         """
-        if self._steps:
-            self.refuse_unknown()
+        self.refuse_unknown()
         return self.epsilon_after(self._steps, delta, accountant)
 
     def refuse_unknown(self) -> None:
-        """Raises ValueError if batches do not come from the plan's loader."""
-        if not self._is_loaded:
+        """Raises ValueError if any batch did not come from the plan's loader."""
+        if self._unknown:
             raise ValueError(
-                "Batches must be drawn as the plan says to state an epsilon, got no loader of "
-                "the plan. Pass loader=PlanLoader(plan, dataset) where the optimizer is made, and "
-                "train on its batches."
+                f"Batches must be drawn as the plan says to state an epsilon, got {self._unknown} "
+                "steps without its loader. Pass loader=PlanLoader(plan, dataset) where the "
+                "optimizer is made, and train on its batches from the first step on."
             )
 
     def epsilon_after(self, steps: int, delta: float, accountant: str | None = None) -> float:
@@ -107,6 +120,9 @@ class PlanLedger:
         return {
             "version": _VERSION,
             "steps": self._steps,
+            "unknown_steps": self._unknown,
+            "draws": self.draws,
+            "mechanism": _fingerprint(self._plan),
             "plan": None if config is None else config_to_dict(config),  # type: ignore[arg-type]
         }
 
@@ -124,7 +140,8 @@ class PlanLedger:
                 "Load what PlanLedger.state_dict returned."
             )
         saved = state["plan"] and config_from_dict(state["plan"])
-        if (state["version"], saved) != (_VERSION, self._plan.config):
+        is_same = state["mechanism"] == here["mechanism"] and saved == self._plan.config
+        if state["version"] != _VERSION or not is_same:
             raise ValueError(
                 f"`state` must be of this plan, {self._plan.config!r}, got {saved!r}. "
                 "Make the plan from the config that it was saved under."
@@ -136,7 +153,21 @@ class PlanLedger:
                 f"`state['steps']` must be at most the plan's {self._plan.iterations}, got "
                 f"{steps}. {hint}"
             )
-        self._steps = steps
+        unknown = state["unknown_steps"]
+        unknown = _validate.integer("state['unknown_steps']", unknown, hint, minimum=0)
+        if unknown > steps or not isinstance(state["draws"], str):
+            raise ValueError(f"`state` must be whole, got {unknown} unknown steps. {hint}")
+        self._steps, self._unknown, self.draws = steps, unknown, state["draws"]
 
 
 _VERSION = 1
+
+
+def _fingerprint(plan: DPExecutionPlan) -> str:
+    """Returns a hash of what a plan's epsilon depends on."""
+    parts = (
+        plan.dp_event,
+        plan.neighboring_relation.name,
+        plan.batch_selection_strategy,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -13,6 +13,8 @@ Example:
 """
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -137,6 +139,7 @@ class PlanLoader:
         )
         self._has_given_seed = seed is not None
         self._is_restored = False  # and was not iterated over since
+        self._owner: weakref.ref[Any] | None = None
         self._fetcher = Fetcher(dataset, self._options)
         self._go_to(self._drawn_until(checked_seed(seed), 0), 0)
 
@@ -178,6 +181,43 @@ class PlanLoader:
         It is not private.
         """
         return len(self._draws[self._draws.begun - 1]) if self._draws.begun else None
+
+    @property
+    def part_size(self) -> int | None:
+        """How many examples the physical batch holds that was yielded last; None before it."""
+        if not self._position:
+            return None
+        return len(self._draws.part(self._position - 1, self._accumulation_steps))
+
+    @property
+    def digest(self) -> str:
+        """A hash of the draws that were begun, the last included. As secret as they are."""
+        return self._draws.digest
+
+    @property
+    def digest_before(self) -> str:
+        """A hash of the draws before the one that was begun last."""
+        return self._draws.digest_before
+
+    def claim(self, owner: Any) -> None:
+        """Makes `owner` the one that takes the steps on these draws.
+
+        Raises:
+            ValueError: If another one does, and still exists: both together would release more
+                than the plan accounts for.
+        """
+        held = self._owner() if self._owner is not None else None
+        if held is not None and held is not owner:
+            del held
+            gc.collect()  # It may be left in a cycle, as of a notebook's cell that was run again.
+            held = self._owner() if self._owner is not None else None
+            if held is not None:
+                raise ValueError(
+                    "`loader` must serve one optimizer, got one that another optimizer holds. "
+                    "Make a plan and a loader for each run; put all parameters of a model into "
+                    "one optimizer."
+                )
+        self._owner = weakref.ref(owner)
 
     @property
     def parts_yielded(self) -> int:
@@ -306,6 +346,7 @@ class PlanLoader:
         self._draws_per_pass = state["draws_per_pass"]
         self._has_given_seed = state["place"] is not None
         self._is_restored = state["is_restored"]
+        self._owner = None
         self._fetcher = Fetcher(self._dataset, self._options)
         seed, position = state["place"] or (checked_seed(None), 0)
         self._go_to(self._drawn_until(seed, position), position)

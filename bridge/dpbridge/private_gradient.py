@@ -20,6 +20,7 @@ from dpbridge.mechanism import Mechanism
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.self_check import check_gradients
 from dpbridge.streams import dropout_stream
+from dpkernels.tapped.explain import Explanation
 from dpkernels.tree_clipping import widest
 
 Tensors = Mapping[str, nn.Parameter]
@@ -55,6 +56,11 @@ class PrivateGradient:
     def is_pending(self) -> bool:
         """Whether a batch was added since the last release."""
         return self._parts > 0
+
+    @property
+    def parts(self) -> int:
+        """How many batches were added since the last release."""
+        return self._parts
 
     @property
     def drawn(self) -> int:
@@ -96,6 +102,15 @@ class PrivateGradient:
             raise
         self._sums, self._parts, self._drawn = sums, self._parts + 1, self._drawn + batch.size
         return loss
+
+    def explain(self, batch: Batch, trainable: Tensors) -> Explanation:
+        """Says how norm and clipped sum of every parameter are found for such a batch."""
+        with x64():
+            program = ClippedSum(
+                self.model, self.loss_fn, batch, trainable, self.mechanism, self.scaling
+            )
+            moments = self._second_moments(trainable)
+            return program.explain(trainable, batch.tensors, second_moments=moments)
 
     def _clip_and_sum(self, batch: Batch, trainable: Tensors) -> tuple[Arrays, torch.Tensor]:
         size = padded_size(batch.size, self.mechanism.expected_batch_size or batch.size)
@@ -179,7 +194,8 @@ class PrivateGradient:
         return go
 
     def check_names(self, trainable: Tensors) -> None:
-        """Raises RuntimeError if other parameters are trainable than in what was added."""
+        """Raises RuntimeError if other parameters are trainable than in what was added before."""
+        self.mechanism.check_names(trainable)
         if self._sums is not None and self._sums.keys() != trainable.keys():
             changed = ", ".join(sorted(self._sums.keys() ^ trainable.keys()))
             raise RuntimeError(

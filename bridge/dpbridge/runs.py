@@ -23,12 +23,20 @@ class Run(Protocol):
     @property
     def ledger(self) -> Ledger | PlanLedger: ...  # noqa: D102
 
+    def check_part(self, parts: int, size: int) -> None:
+        """Raises RuntimeError if a batch of this size must not be added to `parts` others."""
+        ...
+
     def check_step(self, drawn: int) -> None:
         """Raises RuntimeError if a step on this many examples must not be made now."""
         ...
 
     def record(self, drawn: int) -> None:
         """Puts such a step into the ledger; call it before anything of the step is released."""
+        ...
+
+    def fail(self) -> None:
+        """Notes that a step was recorded and then not released."""
         ...
 
     def epsilon(self, delta: float, accountant: str | None) -> float:
@@ -57,17 +65,26 @@ class EndlessRun:
         self.sampling_prob = sampling_prob
         self.budget = budget
         self.ledger = ledger or Ledger()
+        self._drawn, self._draws = 0, 0  # examples and steps, in this process
 
     @property
     def steps(self) -> int:
         """How many steps were made."""
         return self.ledger.steps
 
+    def check_part(self, parts: int, size: int) -> None:
+        """See `Run`: a draw may be split in any way."""
+
     def check_step(self, drawn: int) -> None:
         """See `Run`."""
         if self.budget is not None:
             self._refuse_implausible(drawn)
-            self.budget.check(self)
+            own = self.mechanism.noise_multiplier, self.sampling_prob
+            others = [run for run in self.ledger.state_dict()["runs"] if tuple(run[:2]) != own]
+            self.budget.check(self, basis=others)
+
+    def fail(self) -> None:
+        """See `Run`: the next step has noise of its own."""
 
     def record(self, drawn: int) -> None:
         """See `Run`."""
@@ -75,6 +92,7 @@ class EndlessRun:
             noise_multiplier=self.mechanism.noise_multiplier,
             sampling_prob=self.sampling_prob if self._is_plausible(drawn) else None,
         )
+        self._drawn, self._draws = self._drawn + drawn, self._draws + 1
 
     def epsilon(self, delta: float, accountant: str | None) -> float:
         """See `Run`."""
@@ -99,13 +117,23 @@ class EndlessRun:
         )
 
     def _is_plausible(self, drawn: int) -> bool:
-        """Whether a Poisson draw can have as many examples: once in 1e12, if not."""
-        if self.sampling_prob is None or drawn == 0:
+        """Whether Poisson draws can have as many examples: once in 1e12, if not.
+
+        Neither this draw, nor all draws together: two draws that are added up in each step are
+        told from one by their sum long before each for itself is too large.
+        """
+        if self.sampling_prob is None:
             return True
         population = max(1, round(self.mechanism.expected_batch_size / self.sampling_prob))
-        if drawn > population:
+        trials = population * (self._draws + 1)
+        return self._can_be(drawn, population) and self._can_be(self._drawn + drawn, trials)
+
+    def _can_be(self, successes: int, trials: int) -> bool:
+        if successes == 0:
+            return True
+        if successes > trials:
             return False
-        tail = special.betainc(drawn, population - drawn + 1, self.sampling_prob)
+        tail = special.betainc(successes, trials - successes + 1, self.sampling_prob)
         return bool(tail > 1e-12)
 
     def _refuse_implausible(self, drawn: int) -> None:
@@ -150,30 +178,64 @@ class PlannedRun:
         size = None
         if loader is not None:
             size = plan.batch_selection_strategy.expected_batch_size(len(loader.dataset))
+            loader.claim(self)
+        self._has_failed = False
         self.mechanism = PlanMechanism(plan, size)
         self.ledger = PlanLedger(plan, is_loaded=loader is not None)
 
+    def check_part(self, parts: int, size: int) -> None:
+        """See `Run`: each batch of the loader once, and whole."""
+        self._check_state()
+        if self.loader is None:
+            return
+        self._check_draw(self.loader)
+        if self.loader.parts_yielded != parts + 1 or self.loader.part_size != size:
+            raise RuntimeError(
+                f"`backward` must be called once on each batch of the plan's loader, got {size} "
+                f"examples as part {parts + 1} of a draw, and the loader is at part "
+                f"{self.loader.parts_yielded}, of {self.loader.part_size}. To save memory set "
+                "`microbatch_size` in PerformanceFlags, or `accumulation_steps` of the loader."
+            )
+
     def check_step(self, drawn: int) -> None:
         """See `Run`."""
-        self.ledger.check()
+        self._check_state()
         if self.loader is not None:
-            self._check_draw(self.loader, drawn)
+            self._check_draw(self.loader)
+            self._check_whole(self.loader, drawn)
         if self.budget is not None:
             if self.loader is None:
-                self.ledger.refuse_unknown()
+                raise ValueError(
+                    "A budget of `epsilon` must be spent on the plan's own draws, got no loader. "
+                    "Pass loader=PlanLoader(plan, dataset) where the optimizer is made."
+                )
+            self.ledger.refuse_unknown()
             self.budget.check(self.ledger, most=self.plan.iterations)
+
+    def _check_state(self) -> None:
+        if self._has_failed:
+            raise RuntimeError(
+                "`step` must not follow one that failed after it was recorded: the plan's noise "
+                "may be at another row than its draws. Make a new optimizer and loader, and load "
+                "the last checkpoint into them."
+            )
+        self.ledger.check()
 
     def record(self, drawn: int) -> None:
         """See `Run`."""
         del drawn
-        self.ledger.record()
+        self.ledger.record(self.ledger.draws if self.loader is None else self.loader.digest)
+
+    def fail(self) -> None:
+        """See `Run`: noise that builds on earlier noise can no longer be told to be in step."""
+        self._has_failed = True
 
     def epsilon(self, delta: float, accountant: str | None) -> float:
         """See `Run`."""
         return self.ledger.epsilon(delta, accountant)
 
-    def _check_draw(self, loader: PlanLoader, drawn: int) -> None:
-        """Raises unless what was added up is the draw that belongs to this step, and all of it."""
+    def _check_draw(self, loader: PlanLoader) -> None:
+        """Raises unless the loader is at the draw of this step, after those of the steps before."""
         step = self.ledger.steps + 1
         if loader.draws_begun != step:
             raise RuntimeError(
@@ -181,6 +243,15 @@ class PlannedRun:
                 f"{loader.draws_begun}. Make one step of each batch, also of an empty one; after "
                 "loading a checkpoint of the optimizer load that of the loader too."
             )
+        if loader.digest_before != self.ledger.draws:
+            raise RuntimeError(
+                f"Step {step} must be made on the draws that the steps before it began, got a "
+                "loader that drew others: noise would be used again on other data. Load the "
+                "loader's checkpoint beside the optimizer's."
+            )
+
+    def _check_whole(self, loader: PlanLoader, drawn: int) -> None:
+        step = self.ledger.steps + 1
         if drawn != loader.draw_size or loader.parts_yielded != loader.accumulation_steps:
             raise RuntimeError(
                 f"Step {step} must be made on the {loader.draw_size} examples of its draw, in "

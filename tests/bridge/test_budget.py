@@ -128,8 +128,16 @@ def test_budget_with_a_plan_needs_its_loader():
         delta=DELTA,
     )
     optimizer.backward(torch.ones(4, 3), torch.zeros(4, 1))
-    with pytest.raises(ValueError, match="Batches must be drawn as the plan says"):
+    with pytest.raises(ValueError, match="must be spent on the plan's own draws"):
         optimizer.step()
+
+
+def test_budget_counts_what_else_is_put_into_the_ledger():
+    _, optimizer = make_optimizer(epsilon=spent_by(9))
+    make_steps(optimizer, most=1)
+    optimizer.ledger.record(noise_multiplier=0.5, sampling_prob=1.0)
+    optimizer.zero_grad()
+    assert make_steps(optimizer, most=2) == 0
 
 
 def test_budget_asks_seldom_for_an_epsilon():

@@ -138,9 +138,8 @@ def test_private_run_spends_its_epsilon_and_no_more():
     assert not torch.equal(model.weight, before)
     with pytest.raises(RuntimeError, match="used up"):
         iter(loader)
-    optimizer.backward(x, y)
     with pytest.raises(RuntimeError, match="past the plan's 6 iterations"):
-        optimizer.step()
+        optimizer.backward(x, y)
 
 
 def test_accumulated_batches_are_one_draw():

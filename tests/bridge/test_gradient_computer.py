@@ -128,11 +128,38 @@ def test_computer_refuses(options, message):
         make_computer(**options)
 
 
-def test_noise_refuses_a_total_below_the_batch():
+@pytest.mark.parametrize("drawn", [1, 16, 64])
+def test_noise_is_for_the_total_however_few_were_drawn(drawn):
+    """A mean over the draw, noised for the total, would have too little noise."""
+    model = nn.Linear(3, 2)
+    computer = make_computer(model, clipping_norm=0.3)
+    batch = make_batch(drawn)
+    _, grads = computer.loss_and_clipped_gradients(*batch)
+    noised = computer.add_noise_to_grads(grads, total_batch_size=64, noise_state=0)
+    gradients = oracles.torch_gradients(model, nn.MSELoss(), batch)
+    expected = oracles.clipped_sum(gradients, 0.3, normalize_by=64)
+    oracles.assert_close(noised.grads, expected, rtol=1e-5)
+
+
+def test_batches_of_a_step_add_up():
+    model = nn.Linear(3, 2)
+    computer = make_computer(model)
+    x, y = make_batch(10)
+    _, first = computer.loss_and_clipped_gradients(x[:4], y[:4])
+    _, second = computer.loss_and_clipped_gradients(x[4:], y[4:])
+    _, whole = computer.loss_and_clipped_gradients(x, y)
+    both = first + second
+    assert both.size == 10
+    oracles.assert_close(to_torch(both.total), to_torch(whole.total), rtol=1e-5)
+    model.bias.requires_grad_(False)
+    _, frozen = computer.loss_and_clipped_gradients(x, y)
+    with pytest.raises(ValueError, match="must be of the same parameters"):
+        both + frozen
+
+
+def test_noise_refuses_what_it_cannot_noise():
     computer = make_computer(noise_multiplier=1.0)
     _, grads = computer.loss_and_clipped_gradients(*make_batch())
-    with pytest.raises(ValueError, match="`total_batch_size` must be at least the 7 examples"):
-        computer.add_noise_to_grads(grads, total_batch_size=6, noise_state=0)
     with pytest.raises(TypeError, match="`grads` must be ClippedGradients"):
         computer.add_noise_to_grads({}, total_batch_size=7, noise_state=0)
     with pytest.raises(ValueError, match="`noise_state` must be at least 0"):

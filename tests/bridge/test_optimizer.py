@@ -805,6 +805,23 @@ def test_draws_beyond_the_tail_are_told_apart(expected, sampling_prob, drawn, is
     assert (optimizer.ledger.unknown_steps == 0) is is_plausible
 
 
+def test_two_draws_in_every_step_are_told_from_one():
+    optimizer = make_optimizer(make_model(), expected_batch_size=8, sampling_prob=0.008)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        optimizer._run.record(int(rng.binomial(1000, 0.008, size=2).sum()))
+    assert optimizer.ledger.unknown_steps
+    with pytest.raises(ValueError, match="must follow from how batches were drawn"):
+        optimizer.epsilon(1e-5)
+
+
+def test_honest_draws_are_never_suspected():
+    optimizer = make_optimizer(make_model(), expected_batch_size=8, sampling_prob=0.008)
+    for drawn in np.random.default_rng(1).binomial(1000, 0.008, size=2000):
+        optimizer._run.record(int(drawn))
+    assert not optimizer.ledger.unknown_steps
+
+
 def test_the_sampling_probability_cannot_be_changed():
     with pytest.raises(AttributeError):
         make_optimizer(make_model()).sampling_prob = 1e-9
@@ -1185,3 +1202,26 @@ def test_a_batch_on_another_device_is_refused():
     optimizer = make_optimizer(make_model().to("cuda"))
     with pytest.raises(ValueError, match="must be on the parameters' device cuda:0, got cpu"):
         optimizer.backward(*make_batch())
+
+
+# What a step costs
+
+
+def test_explain_names_every_trainable_parameter_and_changes_nothing():
+    model = make_model()
+    model[0].bias.requires_grad_(False)
+    optimizer = make_optimizer(model)
+    before = str(optimizer.state_dict())
+    table = str(optimizer.explain(*make_batch()))
+    assert all(name in table for name in ("0.weight", "2.weight", "2.bias"))
+    assert "0.bias" not in table
+    assert str(optimizer.state_dict()) == before
+    assert optimizer.ledger.steps == 0
+
+
+def test_explain_refuses_where_every_gradient_is_formed():
+    model = make_model()
+    base = torch.optim.Adam(model.parameters())
+    optimizer = make_optimizer(model, dpbridge.scale_then_privatize(base))
+    with pytest.raises(NotImplementedError, match="must be asked of a gradient that is taken"):
+        optimizer.explain(*make_batch())

@@ -183,19 +183,20 @@ def test_steps_past_the_plan_are_refused_before_anything_is_released():
     model, optimizer, loader = make_run(POISSON, lr=0.1)
     take_steps(optimizer, loader, STEPS)
     before = copy.deepcopy(model.state_dict())
-    optimizer.backward(*make_dataset()[:8])
     with pytest.raises(RuntimeError, match="past the plan's 6 iterations"):
-        optimizer.step()
+        optimizer.backward(*make_dataset()[:8])
     assert optimizer.ledger.steps == STEPS
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_batch_from_elsewhere_is_refused():
     _, optimizer, loader = make_run(POISSON)
-    next(iter(loader))
-    optimizer.backward(*make_dataset()[:30])
-    with pytest.raises(RuntimeError, match=r"Step 1 must be made on the .* examples of its draw"):
-        optimizer.step()
+    x, y = next(iter(loader))
+    with pytest.raises(RuntimeError, match="must be called once on each batch"):
+        optimizer.backward(*make_dataset()[:30])
+    optimizer.backward(x, y)
+    with pytest.raises(RuntimeError, match="must be called once on each batch"):
+        optimizer.backward(x, y)
     assert optimizer.ledger.steps == 0
 
 
@@ -203,17 +204,15 @@ def test_skipped_draw_is_refused():
     _, optimizer, loader = make_run(POISSON)
     batches = iter(loader)
     next(batches)
-    optimizer.backward(*next(batches))
     with pytest.raises(RuntimeError, match=r"Step 1 must be made on draw 1 .* got draw 2"):
-        optimizer.step()
+        optimizer.backward(*next(batches))
     assert optimizer.ledger.steps == 0
 
 
 def test_step_before_the_first_draw_is_refused():
     _, optimizer, _ = make_run(POISSON)
-    optimizer.backward(*make_dataset()[:8])
     with pytest.raises(RuntimeError, match=r"Step 1 must be made on draw 1 .* got draw 0"):
-        optimizer.step()
+        optimizer.backward(*make_dataset()[:8])
 
 
 def test_part_of_a_draw_is_refused():
@@ -262,9 +261,139 @@ def test_resumed_optimizer_refuses_a_loader_that_starts_anew():
     saved = optimizer.state_dict()
     _, optimizer, loader = make_run(POISSON)
     optimizer.load_state_dict(saved)
-    optimizer.backward(*next(iter(loader)))
     with pytest.raises(RuntimeError, match="Step 3 must be made on draw 3"):
-        optimizer.step()
+        optimizer.backward(*next(iter(loader)))
+
+
+@pytest.mark.parametrize("config", [POISSON, BANDED], ids=["poisson", "banded"])
+def test_resumed_optimizer_refuses_a_loader_that_skipped_as_many_draws(config):
+    """The draws differ, so that the noise of later steps would be used on other data."""
+    _, optimizer, loader = make_run(config)
+    take_steps(optimizer, loader, 2)
+    saved = optimizer.state_dict()
+    plan, model = config.make(PerformanceFlags(noise_seed=7)), make_model()
+    other = PlanLoader(plan, make_dataset(), seed=12)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        loss_fn=nn.MSELoss(),
+        plan=plan,
+        loader=other,
+    )
+    optimizer.load_state_dict(saved)
+    batches = iter(other)
+    next(batches), next(batches)
+    with pytest.raises(RuntimeError, match="on the draws that the steps before it began"):
+        optimizer.backward(*next(batches))
+
+
+def test_steps_without_the_loader_stay_unknown_in_a_checkpoint():
+    plan, model = POISSON.make(), make_model()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn=nn.MSELoss(), plan=plan
+    )
+    optimizer.backward(*make_dataset()[:])
+    optimizer.step()
+    _, resumed, _ = make_run(POISSON)
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="got 1 steps without its loader"):
+        resumed.epsilon(1e-5)
+
+
+def test_checkpoints_of_plans_by_hand_are_told_apart():
+    def by_hand(config):
+        made = config.make()
+        return DPExecutionPlan(
+            made.clipped_grad,
+            made.batch_selection_strategy,
+            made.noise_addition_transform,
+            made.dp_event,
+            made.neighboring_relation,
+        )
+
+    def optimizer_of(plan):
+        model = make_model()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        return DPOptimizer(base, model, loss_fn=nn.MSELoss(), plan=plan)
+
+    little = optimizer_of(by_hand(DPSGDConfig(**{**vars(POISSON), "noise_multiplier": 0.3})))
+    with pytest.raises(ValueError, match="`state` must be of this plan"):
+        optimizer_of(by_hand(POISSON)).load_state_dict(little.state_dict())
+
+
+def test_half_of_a_draw_is_not_passed_twice():
+    plan, model = POISSON.make(), make_model()
+    loader = PlanLoader(plan, make_dataset(), accumulation_steps=2, seed=11)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        loss_fn=nn.MSELoss(),
+        plan=plan,
+        loader=loader,
+    )
+    batches = iter(loader)
+    first = next(batches)
+    optimizer.backward(*first)
+    with pytest.raises(RuntimeError, match="must be called once on each batch"):
+        optimizer.backward(*first)
+
+
+def test_two_optimizers_do_not_share_a_loader():
+    _, optimizer, loader = make_run(POISSON)
+    model = make_model()
+
+    def another():
+        return DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            loss_fn=nn.MSELoss(),
+            plan=loader.plan,
+            loader=loader,
+        )
+
+    with pytest.raises(ValueError, match="`loader` must serve one optimizer"):
+        another()
+    del optimizer
+    another()
+
+
+@pytest.mark.parametrize("config", [POISSON, BANDED], ids=["poisson", "banded"])
+def test_freezing_within_a_plan_is_refused_before_it_is_recorded(config):
+    model, optimizer, loader = make_run(config)
+    batches = iter(loader)
+    optimizer.backward(*next(batches))
+    optimizer.step()
+    model.bias.requires_grad_(False)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="must stay frozen or trainable for the whole"):
+        optimizer.backward(*next(batches))
+    assert optimizer.ledger.steps == 1
+
+
+def test_step_that_failed_after_its_record_ends_the_run(monkeypatch):
+    _, optimizer, loader = make_run(BANDED)
+    batches = iter(loader)
+    optimizer.backward(*next(batches))
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer._gradient.mechanism, "noised", out_of_memory)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert optimizer.ledger.steps == 1
+    with pytest.raises(RuntimeError, match="must not follow one that failed"):
+        optimizer.backward(*next(batches))
+
+
+def test_runs_of_one_seed_are_told_apart():
+    _, first, loader = make_run(POISSON, seed=0)
+    take_steps(first, loader, 2)
+    _, second, other = make_run(POISSON, seed=0)
+    take_steps(second, other, 1)
+    with pytest.raises(ValueError, match="got one of another run"):
+        second.load_state_dict(first.state_dict())
 
 
 def test_going_back_keeps_the_later_noise_and_the_longer_ledger():
