@@ -156,9 +156,9 @@ def clipped_grad(
         pre_clipping_transform: Applied to each gradient before it is clipped.
         microbatch_size: How many examples are held in memory at once. Changes no result.
         nan_safe: Whether an example whose gradient is not finite contributes zero.
-        dtype: Gradients are cast to this type before they are clipped, and summed in it. By
-            default float64 for float64 gradients and float32 for all others, half precision too,
-            whose rounding would break the bound.
+        dtype: Gradients are cast to this type before they are clipped. They are clipped and
+            summed in float64 if it is float64, or by default if they are, and otherwise in
+            float32: the rounding of half precision would break the bound.
         prng_argnum: An argument that is a PRNG key: split, one for each example.
         spmd_axis_name: See `jax.vmap`.
         grid_scale: Rounds clipped gradients to integers, `grid_scale` steps to the clip norm.
@@ -391,7 +391,7 @@ def clipped_fun(
     fun = _with_aux(fun, has_aux)
 
     def clip(value: PyTree) -> tuple[PyTree, PyTree]:
-        value = jax.tree.map(lambda x: x.astype(_summed_dtype(x, dtype)), value)
+        value = jax.tree.map(lambda x: _widened(x, dtype), value)
         if grid_scale is not None:
             return clip_and_round_to_grid(value, l2_clip_norm, grid_scale)
         return clip_pytree(value, l2_clip_norm, rescale_to_unit_norm)
@@ -450,18 +450,20 @@ def _norm_bound(l2_clip_norm: PyTree, rescale_to_unit_norm: bool, grid_scale: fl
     return math.sqrt(sum(float(bound) ** 2 for bound in bounds))
 
 
-def _summed_dtype(array: jax.Array, dtype: Any) -> Any:
-    """Returns float32 or better unless the caller says otherwise.
+def _widened(array: jax.Array, dtype: Any) -> jax.Array:
+    """Returns an array cast to `dtype`, in float32 or better.
 
-    In half precision the rounding of clipped gradients, and of their sum, moves the sum by more
-    than the sensitivity: up to twice as much, for 4096 coordinates of equal size in bfloat16.
+    In half precision the rounding of clipped gradients, and of their sum, would move the sum by
+    more than the sensitivity: up to twice as much, for 4096 coordinates of equal size in bfloat16.
     """
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+    kind = array.dtype if dtype is None else jnp.dtype(dtype)
+    if any(jnp.issubdtype(each, jnp.complexfloating) for each in (array.dtype, kind)):
         raise TypeError(
-            f"What is clipped must be real, got {array.dtype}. Split it into real and imaginary "
-            "parts."
+            f"What is clipped must be real, got {array.dtype} as {kind}. Split it into real and "
+            "imaginary parts."
         )
-    return widest([array]) if dtype is None else dtype
+    cast = array.astype(kind)
+    return cast.astype(widest([cast]))
 
 
 def _padding_mask(is_padding_example: jax.Array | None, batch_size: int) -> jax.Array:

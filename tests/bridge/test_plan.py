@@ -34,9 +34,25 @@ def make_dataset():
     return torch.utils.data.TensorDataset(x, torch.randn(EXAMPLES, 2, generator=generator))
 
 
+def by_hand(made):
+    """A plan of the same parts that no config made."""
+    return DPExecutionPlan(
+        made.clipped_grad,
+        made.batch_selection_strategy,
+        made.noise_addition_transform,
+        made.dp_event,
+        made.neighboring_relation,
+    )
+
+
 def make_model():
     torch.manual_seed(5)
     return nn.Linear(FEATURES, 2)
+
+
+def make_optimizer(model, plan, loader=None, *, lr=0.0, **options):
+    base = torch.optim.SGD(model.parameters(), lr=lr)
+    return DPOptimizer(base, model, loss_fn=nn.MSELoss(), plan=plan, loader=loader, **options)
 
 
 def make_run(config, *, flags=None, lr=0.0, **options):
@@ -44,15 +60,7 @@ def make_run(config, *, flags=None, lr=0.0, **options):
     plan = config.make(flags or PerformanceFlags(noise_seed=7))
     model = make_model()
     loader = PlanLoader(plan, make_dataset(), seed=11)
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=lr),
-        model,
-        loss_fn=nn.MSELoss(),
-        plan=plan,
-        loader=loader,
-        **options,
-    )
-    return model, optimizer, loader
+    return model, make_optimizer(model, plan, loader, lr=lr, **options), loader
 
 
 def take_steps(optimizer, loader, count):
@@ -160,9 +168,7 @@ def test_epsilon_is_the_plans_for_the_steps_made():
 
 def test_epsilon_refuses_without_the_plans_loader():
     plan, model = POISSON.make(), make_model()
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn=nn.MSELoss(), plan=plan
-    )
+    optimizer = make_optimizer(model, plan)
     optimizer.backward(*make_dataset()[:8])
     optimizer.step()
     with pytest.raises(ValueError, match="Batches must be drawn as the plan says"):
@@ -218,13 +224,7 @@ def test_step_before_the_first_draw_is_refused():
 def test_part_of_a_draw_is_refused():
     plan, model = POISSON.make(), make_model()
     loader = PlanLoader(plan, make_dataset(), accumulation_steps=2, seed=11)
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        model,
-        loss_fn=nn.MSELoss(),
-        plan=plan,
-        loader=loader,
-    )
+    optimizer = make_optimizer(model, plan, loader)
     batches = iter(loader)
     optimizer.backward(*next(batches))
     with pytest.raises(RuntimeError, match=r"in 2 parts, got .* in 1"):
@@ -273,13 +273,7 @@ def test_resumed_optimizer_refuses_a_loader_that_skipped_as_many_draws(config):
     saved = optimizer.state_dict()
     plan, model = config.make(PerformanceFlags(noise_seed=7)), make_model()
     other = PlanLoader(plan, make_dataset(), seed=12)
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        model,
-        loss_fn=nn.MSELoss(),
-        plan=plan,
-        loader=other,
-    )
+    optimizer = make_optimizer(model, plan, other)
     optimizer.load_state_dict(saved)
     batches = iter(other)
     next(batches), next(batches)
@@ -289,9 +283,7 @@ def test_resumed_optimizer_refuses_a_loader_that_skipped_as_many_draws(config):
 
 def test_steps_without_the_loader_stay_unknown_in_a_checkpoint():
     plan, model = POISSON.make(), make_model()
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, loss_fn=nn.MSELoss(), plan=plan
-    )
+    optimizer = make_optimizer(model, plan)
     optimizer.backward(*make_dataset()[:])
     optimizer.step()
     _, resumed, _ = make_run(POISSON)
@@ -301,36 +293,16 @@ def test_steps_without_the_loader_stay_unknown_in_a_checkpoint():
 
 
 def test_checkpoints_of_plans_by_hand_are_told_apart():
-    def by_hand(config):
-        made = config.make()
-        return DPExecutionPlan(
-            made.clipped_grad,
-            made.batch_selection_strategy,
-            made.noise_addition_transform,
-            made.dp_event,
-            made.neighboring_relation,
-        )
-
-    def optimizer_of(plan):
-        model = make_model()
-        base = torch.optim.SGD(model.parameters(), lr=0.1)
-        return DPOptimizer(base, model, loss_fn=nn.MSELoss(), plan=plan)
-
-    little = optimizer_of(by_hand(DPSGDConfig(**{**vars(POISSON), "noise_multiplier": 0.3})))
+    quieter = DPSGDConfig(**{**vars(POISSON), "noise_multiplier": 0.3})
+    little = make_optimizer(make_model(), by_hand(quieter.make()))
     with pytest.raises(ValueError, match="`state` must be of this plan"):
-        optimizer_of(by_hand(POISSON)).load_state_dict(little.state_dict())
+        make_optimizer(make_model(), by_hand(POISSON.make())).load_state_dict(little.state_dict())
 
 
 def test_half_of_a_draw_is_not_passed_twice():
     plan, model = POISSON.make(), make_model()
     loader = PlanLoader(plan, make_dataset(), accumulation_steps=2, seed=11)
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        model,
-        loss_fn=nn.MSELoss(),
-        plan=plan,
-        loader=loader,
-    )
+    optimizer = make_optimizer(model, plan, loader)
     batches = iter(loader)
     first = next(batches)
     optimizer.backward(*first)
@@ -340,21 +312,10 @@ def test_half_of_a_draw_is_not_passed_twice():
 
 def test_two_optimizers_do_not_share_a_loader():
     _, optimizer, loader = make_run(POISSON)
-    model = make_model()
-
-    def another():
-        return DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            model,
-            loss_fn=nn.MSELoss(),
-            plan=loader.plan,
-            loader=loader,
-        )
-
     with pytest.raises(ValueError, match="`loader` must serve one optimizer"):
-        another()
+        make_optimizer(make_model(), loader.plan, loader)
     del optimizer
-    another()
+    make_optimizer(make_model(), loader.plan, loader)
 
 
 @pytest.mark.parametrize("config", [POISSON, BANDED], ids=["poisson", "banded"])
@@ -479,22 +440,10 @@ def test_optimizer_tells_the_numbers_of_its_plan():
 
 def test_plan_by_hand_drives_the_same_calls():
     made = POISSON.make(PerformanceFlags(noise_seed=7))
-    plan = DPExecutionPlan(
-        made.clipped_grad,
-        made.batch_selection_strategy,
-        made.noise_addition_transform,
-        made.dp_event,
-        made.neighboring_relation,
-    )
+    plan = by_hand(made)
     model = make_model()
     loader = PlanLoader(plan, make_dataset(), seed=11)
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        model,
-        loss_fn=nn.MSELoss(),
-        plan=plan,
-        loader=loader,
-    )
+    optimizer = make_optimizer(model, plan, loader)
     _, usual, same = make_run(POISSON)
     torch.testing.assert_close(take_steps(optimizer, loader, 3), take_steps(usual, same, 3))
     assert optimizer.epsilon(1e-5) == made.epsilon(1e-5)
@@ -532,8 +481,6 @@ def test_self_check_sees_a_wrong_gradient_through_a_plans_clipping(monkeypatch):
         made.neighboring_relation,
     )
     model = make_model()
-    optimizer = DPOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, loss_fn=nn.MSELoss(), plan=plan
-    )
+    optimizer = make_optimizer(model, plan)
     with pytest.raises(RuntimeError, match="gradient of `weight` must agree"):
         optimizer.backward(*make_dataset()[:8])

@@ -66,10 +66,15 @@ def audit(plan, **options):
     return audit_plan(plan, **({"delta": 0.05, "num_trials": 2000, "rng": 0} | options))
 
 
+def twin_of(plan, **parts):
+    """A plan whose config made other parts than it says."""
+    names = ("clipped_grad", "batch_selection_strategy", "noise_addition_transform")
+    own = {name: getattr(plan, name) for name in names}
+    return DPExecutionPlan.made_by(plan.config, **(own | parts))
+
+
 def with_noise_of(plan, config):
-    return dataclasses.replace(
-        plan, noise_addition_transform=config.make().noise_addition_transform
-    )
+    return twin_of(plan, noise_addition_transform=config.make().noise_addition_transform)
 
 
 def with_less_noise(config, factor=0.5):
@@ -150,7 +155,7 @@ def test_no_clipping_is_caught():
         honest = clipped_grad(*args, l2_clip_norm=1e9, **options)
         return dataclasses.replace(honest, l2_norm_bound=1.0)  # what it says it does
 
-    twin = dataclasses.replace(POISSON.make(), clipped_grad=unclipped)
+    twin = twin_of(POISSON.make(), clipped_grad=unclipped)
     assert not audit(twin, significance=1e-6, num_trials=200).holds
 
 
@@ -158,7 +163,7 @@ def test_no_clipping_that_says_so_is_refused():
     def unclipped(*args, **options):
         return clipped_grad(*args, l2_clip_norm=float("inf"), **options)
 
-    twin = dataclasses.replace(POISSON.make(), clipped_grad=unclipped)
+    twin = twin_of(POISSON.make(), clipped_grad=unclipped)
     with pytest.raises(ValueError, match="without clipping no number is enough"):
         audit(twin, num_trials=2)
 
@@ -194,7 +199,7 @@ def test_noise_that_repeats_is_caught():
     def update(updates, state, params=None):
         return honest.update(updates, state, params)[0], state
 
-    twin = dataclasses.replace(
+    twin = twin_of(
         POISSON.make(),
         noise_addition_transform=optax.GradientTransformation(honest.init, update),
     )
@@ -203,7 +208,7 @@ def test_noise_that_repeats_is_caught():
 
 @pytest.mark.slow
 def test_no_noise_is_caught():
-    twin = dataclasses.replace(FULL.make(), noise_addition_transform=optax.identity())
+    twin = twin_of(FULL.make(), noise_addition_transform=optax.identity())
     assert not audit(twin, significance=1e-6).holds
 
 
@@ -226,5 +231,5 @@ def test_more_epochs_of_a_band_than_accounted_are_caught():
     # Every step draws from all examples, where a turn every third was accounted.
     honest = BANDED.make()
     every_step = dataclasses.replace(honest.batch_selection_strategy, cycle_length=1)
-    twin = dataclasses.replace(honest, batch_selection_strategy=every_step)
+    twin = twin_of(honest, batch_selection_strategy=every_step)
     assert not audit(twin, significance=1e-6, num_trials=5000).holds

@@ -286,6 +286,31 @@ def test_clipped_grad_moves_by_its_sensitivity_in_half_precision(dtype):
     assert jnp.linalg.norm(more - fewer) <= 1 + 1e-5
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_clipped_grad_moves_by_its_sensitivity_when_cast_to_half_precision(dtype):
+    # Summed in bfloat16, the 257th of these rows moves the sum by 2, or by nothing.
+    function = jax.jit(clipped_grad(lambda w, x: jnp.sum(w * x), l2_clip_norm=1.0, dtype=dtype))
+    x = jnp.full((258, 4096), 1 / 64)
+    more, fewer = function(jnp.zeros(4096), x), function(jnp.zeros(4096), x[1:])
+    assert more.dtype == jnp.float32
+    assert jnp.linalg.norm(more - fewer) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_clipped_fun_clips_in_float32_what_it_casts_to_half_precision(dtype):
+    # Cast first: 0.1 is not a number of half precision. Clipped in float32: neither is 1 / 3.
+    cast = float(jnp.asarray(0.1, dtype))
+    assert abs(cast - 0.1) > 1e-6
+    assert clipped_fun(lambda x: x, dtype=dtype)(jnp.full((1, 1), 0.1)).item() == cast
+    clipped = clipped_fun(lambda x: x, dtype=dtype, l2_clip_norm=1 / 3)(jnp.ones((1, 1)))
+    assert clipped.item() == pytest.approx(1 / 3, rel=1e-6)
+
+
+def test_clipped_fun_refuses_to_cast_to_complex_values():
+    with pytest.raises(TypeError, match="What is clipped must be real, got float32 as complex64"):
+        clipped_fun(lambda x: x, dtype=jnp.complex64)(jnp.ones(3))
+
+
 def test_clipped_fun_does_not_wrap_small_integers():
     function = clipped_fun(lambda x: x, keep_batch_dim=False, l2_clip_norm=100.0)
     assert function(jnp.array([100, 100], jnp.int8)).item() == 200

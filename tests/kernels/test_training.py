@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import dp_accounting
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,13 @@ import optax
 import pytest
 from scipy import stats
 
-from dpkernels.batch_selection import BatchSelectionStrategy
+from dpkernels import accounting
+from dpkernels.batch_selection import (
+    BatchSelectionStrategy,
+    CyclicPoissonSampling,
+    FixedBatchSampling,
+    PartitionType,
+)
 from dpkernels.execution_plan import (
     BandMFConfig,
     DPSGDConfig,
@@ -19,6 +26,7 @@ from dpkernels.execution_plan import (
 )
 from dpkernels.optimizers import scale_then_privatize
 from dpkernels.training import TrainingState, train
+from dpkernels.training.rows import check_size
 from dpkernels.training.step import takes_prng
 
 SIZE, FEATURES, CLIP, NORMALIZE_BY = 24, 3, 0.7, 4.0
@@ -52,7 +60,7 @@ def make_plan(iterations=4, *, noise_multiplier=0.0, sampling_prob=0.15, noise_s
     plan = config.make(PerformanceFlags(noise_seed=noise_seed, **flags))
     if noise_multiplier:
         return plan
-    return dataclasses.replace(plan, noise_addition_transform=optax.identity())
+    return dataclasses.replace(plan, noise_addition_transform=optax.identity(), config=None)
 
 
 def run(plan=None, *, dataset=DATA, loss_fn=loss, params=PARAMS, optimizer=None, **options):
@@ -358,8 +366,36 @@ def test_a_run_resumed_with_other_draws_is_refused():
     state = run(plan, callback=lambda step, state, aux: step == 2)
     with pytest.raises(ValueError, match="`rng` must draw the same examples"):
         run(plan, params=state, rng=1)
+    twice = {name: np.concatenate([array, array]) for name, array in DATA.items()}
     with pytest.raises(ValueError, match="`rng` must draw the same examples"):
-        run(make_plan(4, sampling_prob=0.5), params=state)
+        run(plan, params=state, dataset=twice)
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise_multiplier": 5.0}, {"sampling_prob": 0.2}, {"iterations": 5}]
+)
+def test_a_run_resumed_with_another_plan_is_refused(change):
+    # Its epsilon would be stated for the steps of the first plan too.
+    usual = {"iterations": 4, "noise_multiplier": 0.1}
+    state = run(make_plan(**usual), callback=lambda step, state, aux: step == 3)
+    with pytest.raises(ValueError, match=r"`params.plan` must be .* the checksum of `plan`"):
+        run(make_plan(**(usual | change)), params=state)
+    with pytest.raises(ValueError, match=r"`params.plan` must be .* got None"):
+        run(make_plan(**usual), params=state._replace(plan=None))
+
+
+def test_a_run_resumed_with_another_event_by_hand_is_refused():
+    plan = dataclasses.replace(make_plan(2, noise_multiplier=0.1), config=None)
+    other = dataclasses.replace(plan, dp_event=make_plan(2, noise_multiplier=5.0).dp_event)
+    state = run(plan, callback=lambda step, state, aux: True)
+    with pytest.raises(ValueError, match=r"`params.plan` must be"):
+        run(other, params=state)
+
+
+def test_a_run_may_be_resumed_with_a_plan_made_again():
+    plans = [make_plan(2, noise_multiplier=1.0) for _ in range(2)]
+    state = run(plans[0], callback=lambda step, state, aux: True)
+    assert_same(run(plans[1], params=state), run(plans[0]))
 
 
 def test_a_run_resumed_without_a_seed_is_refused():
@@ -453,6 +489,25 @@ def test_indices_may_be_narrow_padded_or_of_no_type_when_empty():
     np.testing.assert_array_equal(flat(run(scripted(*batches)).params), flat(expected.params))
 
 
+@pytest.mark.parametrize(
+    "strategy", [Scripted(((5, 3, -1, 5, -1),), 1), FixedBatchSampling(SIZE, 1, replace=True)]
+)
+def test_an_example_twice_in_a_batch_is_an_error(strategy):
+    # It would move the sum by twice the clip norm.
+    plan = dataclasses.replace(make_plan(1), batch_selection_strategy=strategy)
+    with pytest.raises(RuntimeError, match="must draw an example at most once in a batch, got"):
+        run(plan)
+
+
+def test_without_privacy_examples_may_repeat():
+    plan = dataclasses.replace(
+        NonPrivateConfig(iterations=1, batch_size=2).make(),
+        batch_selection_strategy=Scripted(((3, 3),), 1),
+    )
+    expected = -0.5 * gradients(flat(PARAMS), [3])[0]
+    np.testing.assert_allclose(flat(run(plan).params) - flat(PARAMS), expected, rtol=1e-5)
+
+
 def test_batches_of_users_are_refused():
     with pytest.raises(NotImplementedError, match="Batches of users"):
         run(scripted([[0, 1], [2, 3]], [0]))
@@ -462,6 +517,61 @@ def test_a_dataset_of_another_size_than_accounted_is_refused():
     config = DPSGDConfig(iterations=2, batch_size=4, num_examples=SIZE + 1, noise_multiplier=1.0)
     with pytest.raises(ValueError, match=f"must hold the {SIZE + 1} examples .* got {SIZE}"):
         run(config.make())
+
+
+def by_hand(event, strategy):
+    return dataclasses.replace(make_plan(2), batch_selection_strategy=strategy, dp_event=event)
+
+
+def sizes_accounted(size, cycle_length=1, **options):
+    """A plan by hand whose event is truncated, of groups of a size."""
+    event = accounting.truncated_dpsgd_event(
+        1.0, 2, sampling_prob=0.5, num_examples=size, truncated_batch_size=4
+    )
+    strategy = CyclicPoissonSampling(
+        0.5, 2, truncated_batch_size=4, cycle_length=cycle_length, **options
+    )
+    return by_hand(dp_accounting.ComposedDpEvent([event]), strategy)
+
+
+def fixed_accounted(size, **options):
+    event = accounting.fixed_dpsgd_event(1.0, 2, dataset_size=size, batch_size=4, **options)
+    return by_hand(event, FixedBatchSampling(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("plan", "accounted", "actual"),
+    [
+        (fixed_accounted(10_000), 10_000, SIZE),
+        (fixed_accounted(10_000, replace=True), 10_000, SIZE),
+        (sizes_accounted(SIZE - 1), SIZE - 1, SIZE),
+        (sizes_accounted(SIZE, 3), SIZE, SIZE // 3),
+    ],
+)
+def test_a_dataset_of_another_size_than_the_events_is_refused(plan, accounted, actual):
+    with pytest.raises(ValueError, match=f"must hold the {accounted} examples .* got {actual}"):
+        run(plan)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        fixed_accounted(SIZE),
+        sizes_accounted(SIZE),
+        sizes_accounted(SIZE // 5, 5),
+        sizes_accounted(9, 5, partition_type=PartitionType.INDEPENDENT),
+        BandMFConfig(
+            iterations=2,
+            expected_participations=1.0,
+            strategy=(1.0, 0.5),
+            num_examples=SIZE - 1,
+            truncated_batch_size=4,
+            noise_multiplier=1.0,
+        ).make(),
+    ],
+)
+def test_a_dataset_of_the_size_of_the_event_is_taken(plan):
+    check_size(plan, getattr(plan.config, "num_examples", SIZE))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import dp_accounting
 import numpy as np
+from scipy import signal
 
 from dpkernels import _validate, accounting
 from dpkernels.batch_selection import CyclicPoissonSampling, PartitionType
@@ -15,6 +16,11 @@ from dpkernels.execution_plan.performance import PerformanceFlags
 from dpkernels.execution_plan.plan import DPExecutionPlan
 from dpkernels.matrix_factorization import toeplitz
 from dpkernels.noise_addition import matrix_factorization_privatizer
+
+# By how much the noise of a step may exceed that of the first: what grows faster is soon not
+# finite, and long before that the sums are lost in the rounding of float32.
+_MAX_GROWTH = 1e6
+_STEPS_CHECKED = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,8 @@ class BandMFConfig(PrivateConfig):
         expected_participations: How often an example takes part, in the mean: decides the
             sampling probability within a group. At most `iterations // num_bands`.
         strategy: Coefficients of the strategy matrix C: its first column, of 1 to `iterations`
-            numbers. The noise is C⁻¹Z, so that the first must not be 0. Only their ratios count.
+            numbers. The noise is C⁻¹Z, so that the first must not be 0, nor the noise grow over the
+            steps without bound. Only their ratios count.
         truncated_batch_size: Largest batch; of a larger draw a uniform part is kept. Needs
             `num_examples`.
         num_examples: Size of the dataset, where it is public. With it neighbours differ by
@@ -98,6 +105,12 @@ class BandMFConfig(PrivateConfig):
             raise ValueError(
                 f"`strategy` must be finite and begin with a positive number, got {coefs}. "
                 "Scale it so that it does."
+            )
+        if not _growth(coefs, min(self.iterations, _STEPS_CHECKED)) <= _MAX_GROWTH:
+            raise ValueError(
+                "`strategy` must have an inverse that stays bounded, got "
+                f"{coefs}, whose noise grows more than {_MAX_GROWTH:.0e} fold within the steps. "
+                "Pass coefficients that fall, as those of BandMFConfig.default do."
             )
         self._set("strategy", tuple(coefs.tolist()))
 
@@ -201,7 +214,8 @@ class BandMFConfig(PrivateConfig):
             np.asarray(self._unit_strategy()),
             column_normalize_for_n=self.iterations if self.column_normalize else None,
         )
-        return DPExecutionPlan(
+        return DPExecutionPlan.made_by(
+            self,
             clipped_grad=self._clipped_grad(flags),
             batch_selection_strategy=CyclicPoissonSampling(
                 sampling_prob=self.sampling_prob,
@@ -217,7 +231,14 @@ class BandMFConfig(PrivateConfig):
                 stddev=self._noise() * self.sensitivity(),
                 prng_key=flags.noise_seed,
             ),
-            dp_event=self.dp_event(),
-            neighboring_relation=self.relation,
-            config=self,
         )
+
+
+def _growth(strategy: np.ndarray, steps: int) -> float:
+    """Returns the largest standard deviation of the noise at a step over that at the first.
+
+    Rows of C⁻¹ hold its first column backwards, so that the last has all of it.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        column = signal.lfilter([1.0], strategy / strategy[0], np.eye(1, steps)[0])
+        return float(np.linalg.norm(column))

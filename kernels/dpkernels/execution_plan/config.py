@@ -1,12 +1,12 @@
 """What every config of a plan has in common: its accountants, its epsilon, its calibration."""
 
 import abc
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import dp_accounting
-import jax
 
 from dpkernels import _validate
 from dpkernels.clipping import BoundedSensitivityCallable
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dpkernels.execution_plan.plan import DPExecutionPlan
 
 NeighboringRelation: TypeAlias = dp_accounting.NeighboringRelation
+_NORM_HINT = "Pass the largest L2 norm that one example's gradient may have."
 
 
 @runtime_checkable
@@ -26,6 +27,24 @@ class ExecutionPlanConfig(Protocol):
     def make(self, performance_flags: PerformanceFlags | None = None) -> "DPExecutionPlan":
         """Returns the plan."""
         ...
+
+
+class _Copied:
+    """A field of which every reader gets a copy: a frozen config's containers are frozen too."""
+
+    def __init__(self, default: Any) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name  # In `vars` under its own name: a data descriptor goes first.
+
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
+        if config is None:
+            return self._default  # Which `dataclass` asks the class for.
+        return copy.deepcopy(vars(config)[self._name])
+
+    def __set__(self, config: Any, value: Any) -> None:
+        vars(config)[self._name] = value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +57,8 @@ class PrivateConfig(abc.ABC):
             `neighboring_relation` decides: the clip norm, or twice that for REPLACE_ONE. None
             until `calibrate` fills it in; 0 is not private.
         l2_clip_norm: Bound on the L2 norm of each example's gradient: a number, or a prefix tree
-            of the gradient, of dicts, lists and tuples, to clip layers each by itself.
+            of the gradient to clip layers each by itself, of what JSON holds: dicts with names
+            for keys, and lists. Reading it gives a copy.
         rescale_to_unit_norm: Divides clipped gradients by the clip norm.
         normalize_by: The sum is divided by this public number, noise and all. Never the drawn
             batch size.
@@ -46,7 +66,7 @@ class PrivateConfig(abc.ABC):
 
     iterations: int
     noise_multiplier: float | None = None
-    l2_clip_norm: Any = 1.0
+    l2_clip_norm: Any = _Copied(1.0)
     rescale_to_unit_norm: bool = False
     normalize_by: float = 1.0
 
@@ -57,14 +77,7 @@ class PrivateConfig(abc.ABC):
             hint = "Find it with calibrate(epsilon=..., delta=...)."
             noise = _validate.non_negative("noise_multiplier", self.noise_multiplier, hint)
             self._set("noise_multiplier", noise)
-        hint = "Pass the largest L2 norm that one example's gradient may have."
-        if not jax.tree.leaves(self.l2_clip_norm):
-            got = repr(self.l2_clip_norm)
-            raise ValueError(f"`l2_clip_norm` must hold a number, got {got}. {hint}")
-        bounds = jax.tree.map(
-            lambda bound: _validate.positive("l2_clip_norm", bound, hint), self.l2_clip_norm
-        )
-        self._set("l2_clip_norm", bounds)
+        self._set("l2_clip_norm", _checked_norms(self.l2_clip_norm))
         hint = "Pass the expected batch size, or 1."
         self._set("normalize_by", _validate.positive("normalize_by", self.normalize_by, hint))
         if not isinstance(self.rescale_to_unit_norm, bool):
@@ -212,3 +225,19 @@ class PrivateConfig(abc.ABC):
                 "calibrate(epsilon=..., delta=...) find it."
             )
         return self.noise_multiplier
+
+
+def _checked_norms(norms: Any) -> Any:
+    """Returns clip norms in containers of their own, which JSON holds as they are."""
+    if isinstance(norms, dict | list) and not norms:
+        raise ValueError(f"`l2_clip_norm` must hold a number, got {norms!r}. {_NORM_HINT}")
+    if type(norms) is dict and all(type(name) is str for name in norms):
+        return {name: _checked_norms(below) for name, below in norms.items()}
+    if type(norms) is list:
+        return [_checked_norms(below) for below in norms]
+    if isinstance(norms, Mapping | list | tuple):
+        raise TypeError(
+            "`l2_clip_norm` must be a number, or numbers in lists and in dicts with names for "
+            f"keys, got {norms!r}. A saved config could not tell other containers apart."
+        )
+    return _validate.positive("l2_clip_norm", norms, _NORM_HINT)

@@ -159,15 +159,13 @@ class DPSGDConfig(PrivateConfig):
             ValueError: If there is no noise multiplier yet.
         """
         flags = performance_flags or PerformanceFlags()
-        return DPExecutionPlan(
+        return DPExecutionPlan.made_by(
+            self,
             clipped_grad=self._clipped_grad(flags),
             batch_selection_strategy=self._batch_selection_strategy(),
             noise_addition_transform=gaussian_privatizer(
                 stddev=self._noise() * self.sensitivity(), prng_key=flags.noise_seed
             ),
-            dp_event=self.dp_event(),
-            neighboring_relation=self.relation,
-            config=self,
         )
 
     def _batch_selection_strategy(self) -> BatchSelectionStrategy:

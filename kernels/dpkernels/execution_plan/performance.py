@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
 from dpkernels import clipping
 from dpkernels.clipping import BoundedSensitivityCallable
 
@@ -13,14 +15,17 @@ class PerformanceFlags:
     """How a plan is computed. None of it changes what is released, but for rounding.
 
     Attributes:
-        dtype: Gradients are cast to this type before they are clipped; None sums in float32, or
-            in float64 for float64 gradients, and is faster.
+        dtype: Gradients are cast to this type, float32 or float64, before they are clipped; None
+            sums in float32, or in float64 for float64 gradients, and is faster.
         noise_seed: Seed or Threefry key of the noise. By default the operating system's. Whoever
             knows it can take the noise away; two runs with one seed draw the same noise.
         microbatch_size: How many examples are held in memory at once.
         spmd_axis_name: See `jax.vmap`.
         keep_batch_dim: Whether the loss sees an example with a leading axis of 1.
         strategy: How norms and sums are found: see `dpkernels.clipped_grad`.
+
+    Raises:
+        TypeError: If `dtype` is not float32 or float64.
     """
 
     dtype: Any = None
@@ -29,6 +34,13 @@ class PerformanceFlags:
     spmd_axis_name: str | None = None
     keep_batch_dim: bool = True
     strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and jnp.dtype(self.dtype) not in (jnp.float32, jnp.float64):
+            raise TypeError(
+                f"`dtype` must be float32 or float64, got {self.dtype}. Leave it out for "
+                "parameters in half precision, whose gradients are summed in float32."
+            )
 
 
 def make_clipped_grad(

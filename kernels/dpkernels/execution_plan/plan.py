@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import dp_accounting
 import optax
@@ -30,11 +31,17 @@ class DPExecutionPlan:
         batch_selection_strategy: Draws the batches.
         noise_addition_transform: An optax transformation from clipped sums to noised ones.
         dp_event: What all steps together release, in dp_accounting's words and in the convention
-            of the accountant that `config` prefers.
+            of the accountant that `config` prefers. Without a config that is the PLD accountant:
+            also for REPLACE_ONE, Gaussians hold the noise over the clip norm.
         neighboring_relation: For which `dp_event` holds.
-        config: What made the plan, or None where the parts were put together by hand.
+        config: What made the plan, or None where the parts were put together by hand, which is
+            what `dataclasses.replace` does too.
+
+    Raises:
+        ValueError: If a plan put together by hand has a config that states an epsilon.
 
     Guarantees:
+        A config's epsilon is stated for the parts that the config made, and for no others.
         `epsilon` is never below that of what was released, as long as a loop keeps to the above.
         Where no sound accounting of the sampling is known, no epsilon is stated.
 
@@ -52,6 +59,44 @@ class DPExecutionPlan:
     dp_event: dp_accounting.DpEvent
     neighboring_relation: NeighboringRelation
     config: ExecutionPlanConfig | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.config, PrivateConfig):
+            raise ValueError(
+                "`config` must be None in a plan that is put together or changed by hand, got "
+                f"{type(self.config).__name__}, whose epsilon is for its own parts alone. Make "
+                "the plan with config.make(), or pass config=None and the dp_event of your parts."
+            )
+
+    @classmethod
+    def made_by(
+        cls,
+        config: PrivateConfig,
+        *,
+        clipped_grad: Callable[..., BoundedSensitivityCallable],
+        batch_selection_strategy: BatchSelectionStrategy,
+        noise_addition_transform: optax.GradientTransformation,
+    ) -> Self:
+        """Returns the plan of a config, whose `make` calls this with the parts that it made.
+
+        Args:
+            config: States the plan's event, relation and epsilon.
+            clipped_grad: As in the plan.
+            batch_selection_strategy: As in the plan.
+            noise_addition_transform: As in the plan.
+
+        Raises:
+            ValueError: If there is no noise multiplier yet, or no accounting.
+        """
+        plan = cls(
+            clipped_grad=clipped_grad,
+            batch_selection_strategy=batch_selection_strategy,
+            noise_addition_transform=noise_addition_transform,
+            dp_event=config.dp_event(),
+            neighboring_relation=config.relation,
+        )
+        object.__setattr__(plan, "config", config)  # Past the check of plans made by hand.
+        return plan
 
     @property
     def iterations(self) -> int:
@@ -95,10 +140,13 @@ class DPExecutionPlan:
 
         Raises:
             ValueError: If an argument is out of range, or the accountant cannot answer for this
-                sampling and neighbouring relation.
+                sampling and neighbouring relation. For REPLACE_ONE a plan without a config has no
+                accountant but `"pld"`: another would read its noise as twice what it is.
         """
         if isinstance(self.config, PrivateConfig):
             accountant = self.config.check_accountant(accountant)
+        elif self.neighboring_relation is NeighboringRelation.REPLACE_ONE:
+            accountant = _validate.one_of("accountant", accountant or "pld", ("pld",))
         steps = self.iterations if steps is None else steps
         return epsilon_of_event(
             self.dp_event_after(steps, accountant=accountant),

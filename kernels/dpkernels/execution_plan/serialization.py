@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import dp_accounting
-import jax
 
 from dpkernels import _validate
 from dpkernels.execution_plan.bandmf import BandMFConfig
@@ -37,21 +36,20 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     relation = fields.get("neighboring_relation")
     if relation is not None:
         fields["neighboring_relation"] = relation.name
-    if "l2_clip_norm" in fields:  # Containers of its own, for the config must not change with it.
-        fields["l2_clip_norm"] = jax.tree.map(float, fields["l2_clip_norm"])
     if "strategy" in fields:
         fields["strategy"] = list(fields["strategy"])
     return {"type": type(config).__name__, **fields}
 
 
-def config_from_dict(state: Mapping[str, Any]) -> Config:
+def config_from_dict(state: Any) -> Config:
     """Returns the config that `config_to_dict` took apart, all of it checked.
 
     Raises:
         ValueError: If `state` is not what `config_to_dict` returns.
     """
-    fields = dict(state)
-    kind = _TYPES.get(fields.pop("type", None))
+    fields = dict(state) if isinstance(state, Mapping) else {}
+    name = fields.pop("type", None)
+    kind = _TYPES.get(name) if isinstance(name, str) else None
     names = {field.name for field in dataclasses.fields(kind)} if kind else set()
     if kind is None or set(fields) != names:
         raise ValueError(
@@ -65,7 +63,7 @@ def config_from_dict(state: Mapping[str, Any]) -> Config:
         fields["neighboring_relation"] = relations[relation]
     try:
         return kind(**fields)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 
+import dp_accounting
 import numpy as np
 
 from dpkernels import _validate
@@ -19,7 +20,10 @@ def draw_all(
         count += 1
         if count > plan.iterations:
             break
-        yield _checked_indices(np.asarray(indices), num_examples)
+        indices = _checked_indices(np.asarray(indices), num_examples)
+        if not isinstance(plan.dp_event, dp_accounting.NonPrivateDpEvent):
+            _check_repeats(indices)
+        yield indices
     if count != plan.iterations:
         raise RuntimeError(
             f"`plan.batch_selection_strategy` must draw {plan.iterations} batches, as many as the "
@@ -46,6 +50,16 @@ def _checked_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
             f"{num_examples - 1}, got {indices}. Check the strategy."
         )
     return indices.astype(np.int64)
+
+
+def _check_repeats(indices: np.ndarray) -> None:
+    unique, counts = np.unique(indices[indices >= 0], return_counts=True)
+    if np.any(counts > 1):
+        raise RuntimeError(
+            "`plan.batch_selection_strategy` must draw an example at most once in a batch, got "
+            f"example {unique[counts.argmax()]} {counts.max()} times. Noise hides one clip norm; "
+            "draw without replacement."
+        )
 
 
 def checksum(indices: np.ndarray, digest: int) -> int:

@@ -60,9 +60,10 @@ def train(
     Raises:
         TypeError: If an argument has the wrong type, or `loss_fn` other arguments.
         ValueError: If one is out of range, `dataset` has another size than the one accounted for,
-            or a run is resumed with other draws than those it began with.
+            or a run is resumed with another plan or other draws than those it began with.
         NotImplementedError: If the plan draws batches of users.
-        RuntimeError: If the plan draws more or fewer batches than its `iterations`.
+        RuntimeError: If the plan draws more or fewer batches than its `iterations`, or an example
+            twice in one.
 
     Guarantees:
         What leaves a step is a function of the noised sum of clipped gradients, the state before
@@ -70,6 +71,8 @@ def train(
         An empty draw is a step like others: noise alone.
         Padding contributes exactly zero.
         There is no step past the plan's last, also not in a resumed run.
+        All steps of a run are of one plan, also in a resumed run: its `epsilon` is theirs.
+        No example counts twice in a step of a plan that states an epsilon.
         A run that is resumed with its seed continues exactly as one that was not interrupted.
 
     Source:
@@ -111,7 +114,7 @@ def train(
         params, opt_state, noise_state, aux = step_fn(
             state.params, state.opt_state, state.noise_state, step - 1, batch, is_padding, key
         )
-        state = TrainingState(step, params, opt_state, noise_state, digest)
+        state = TrainingState(step, params, opt_state, noise_state, digest, state.plan)
         if callback is not None and callback(step, state, real_rows(aux, is_padding)):
             break
     return state

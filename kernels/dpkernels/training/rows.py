@@ -1,15 +1,19 @@
 """The rows of a dataset, taken by index and padded."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from dp_accounting import dp_event
 
+from dpkernels.batch_selection import CyclicPoissonSampling, PartitionType
 from dpkernels.clipping import Aux
 from dpkernels.execution_plan import DPExecutionPlan
 
 PyTree = Any
+_FIXED = (dp_event.SampledWithoutReplacementDpEvent, dp_event.SampledWithReplacementDpEvent)
 
 
 class Rows:
@@ -62,9 +66,37 @@ def real_rows(aux: Aux, is_padding: np.ndarray) -> Aux:
 
 def check_size(plan: DPExecutionPlan, num_examples: int) -> None:
     """Refuses a dataset of another size than the one the plan's epsilon is for, if it has one."""
-    accounted = getattr(plan.config, "num_examples", None)
-    if accounted not in (None, num_examples):
-        raise ValueError(
-            f"`dataset` must hold the {accounted} examples that the plan accounts for "
-            f"(`num_examples`), got {num_examples}. Make the plan for this dataset."
-        )
+    sizes = [(getattr(plan.config, "num_examples", None), num_examples)]
+    for accounted, actual in sizes + _accounted_sizes(plan, num_examples):
+        if accounted not in (None, actual):
+            raise ValueError(
+                f"`dataset` must hold the {accounted} examples that the plan accounts for "
+                f"(`num_examples`), got {actual}. Make the plan for this dataset."
+            )
+
+
+def _accounted_sizes(plan: DPExecutionPlan, num_examples: int) -> list[tuple[int, int]]:
+    """Returns sizes of what batches are drawn from in the plan's event, each with the true one."""
+    sizes, strategy = [], plan.batch_selection_strategy
+    for event in _released(plan.dp_event):
+        if isinstance(event, _FIXED):
+            sizes.append((event.source_dataset_size, num_examples))
+        elif (
+            isinstance(event, dp_event.TruncatedSubsampledGaussianDpEvent)
+            and isinstance(strategy, CyclicPoissonSampling)
+            # Independent groups have sizes of their own.
+            and (strategy.cycle_length == 1 or strategy.partition_type is PartitionType.EQUAL_SPLIT)
+        ):
+            sizes.append((event.dataset_size, num_examples // strategy.cycle_length))
+    return sizes
+
+
+def _released(event: dp_event.DpEvent) -> Iterator[dp_event.DpEvent]:
+    """Yields what a composition is of."""
+    if isinstance(event, dp_event.ComposedDpEvent):
+        for part in event.events:
+            yield from _released(part)
+    elif isinstance(event, dp_event.SelfComposedDpEvent):
+        yield from _released(event.event)
+    else:
+        yield event

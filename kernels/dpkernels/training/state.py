@@ -1,5 +1,6 @@
 """Where a training run stands: at its start, and where one is resumed."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpkernels.clipping import Aux
-from dpkernels.execution_plan import DPExecutionPlan
+from dpkernels.execution_plan import DPExecutionPlan, NonPrivateConfig, PrivateConfig
 from dpkernels.noise_addition import make_key
 from dpkernels.optimizers import AugmentedGradientTransformation
 from dpkernels.training.step import widened
@@ -28,6 +29,8 @@ class TrainingState(NamedTuple):
         noise_state: Where the noise stream stands.
         draws: Checksum of the examples drawn so far, by which a resumed run sees that it draws
             the same. None is not compared.
+        plan: Checksum of the numbers of the plan, by which a resumed run sees that all of its
+            steps are of one plan.
     """
 
     step: int
@@ -35,6 +38,7 @@ class TrainingState(NamedTuple):
     opt_state: PyTree
     noise_state: PyTree
     draws: int | None = None
+    plan: int | None = None
 
 
 def begin(
@@ -53,7 +57,7 @@ def begin(
     sums, _ = jax.eval_shape(clipped, params, opt_state, batch, is_padding, make_key(0))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
     noise_state = plan.noise_addition_transform.init(zeros)
-    return TrainingState(0, params, _copied(opt_state), _copied(noise_state), 0)
+    return TrainingState(0, params, _copied(opt_state), _copied(noise_state), 0, fingerprint(plan))
 
 
 def resumed(
@@ -66,6 +70,11 @@ def resumed(
             f"`params.step` must be at most the plan's {plan.iterations} iterations, got {step}. "
             "Resume with the plan that the run began with."
         )
+    if state.plan is None or int(state.plan) != fingerprint(plan):
+        raise ValueError(
+            f"`params.plan` must be {fingerprint(plan)}, the checksum of `plan`, got {state.plan}. "
+            "Resume with the plan that the run began with: its epsilon is for all steps."
+        )
     if rng is None and step > 0:
         raise ValueError(
             "`rng` must be given to resume a run, got None. Pass the seed that it began with: "
@@ -73,7 +82,14 @@ def resumed(
         )
     draws = None if state.draws is None else int(state.draws)
     params, opt_state, noise_state = _copied((state.params, state.opt_state, state.noise_state))
-    return TrainingState(step, params, opt_state, noise_state, draws)
+    return TrainingState(step, params, opt_state, noise_state, draws, fingerprint(plan))
+
+
+def fingerprint(plan: DPExecutionPlan) -> int:
+    """Returns a checksum of what is accounted for: the same for every plan of one config."""
+    config = plan.config if isinstance(plan.config, PrivateConfig | NonPrivateConfig) else None
+    numbers = (plan.dp_event, plan.neighboring_relation, plan.iterations, config)
+    return zlib.crc32(repr(numbers).encode()) & 0x7FFFFFFF  # JAX can hold it as an int32.
 
 
 def _check_params(params: PyTree) -> None:
