@@ -3,8 +3,11 @@
 from dpbridge import accounting
 from dpbridge._compat import share_the_gpu
 from dpbridge.budget import PrivacyBudgetExceeded
+from dpbridge.check import check
 from dpbridge.config import DPConfig
 from dpbridge.exchange import jax2torch, to_jax, to_torch
+from dpbridge.findings import Finding, Report
+from dpbridge.fix import fix
 from dpbridge.gradient_computer import DpsgdGradientComputer
 from dpbridge.ledger import Ledger
 from dpbridge.loaders import PoissonLoader
@@ -23,12 +26,16 @@ __all__ = [
     "DPConfig",
     "DPOptimizer",
     "DpsgdGradientComputer",
+    "Finding",
     "Ledger",
     "PlanLoader",
     "PoissonLoader",
     "PrivacyBudgetExceeded",
+    "Report",
     "TrainingState",
     "accounting",
+    "check",
+    "fix",
     "jax2torch",
     "make_private",
     "register_lowering",

@@ -48,7 +48,8 @@ def check_model(model: Any) -> None:
         if isinstance(module, _BATCH_NORMS):
             raise NotImplementedError(
                 f"`model` must not mix examples, got {type(module).__name__} at `{name or 'model'}`"
-                ", which normalises over the batch. Use GroupNorm, LayerNorm or InstanceNorm."
+                ", which normalises over the batch. Use GroupNorm, LayerNorm or InstanceNorm, or "
+                "call dpbridge.fix(model)."
             )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise NotImplementedError(

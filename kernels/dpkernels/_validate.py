@@ -11,7 +11,7 @@ def _real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer beyond all floats
-        return math.inf if value > 0 else -math.inf
+        return math.inf if bool(value > 0) else -math.inf  # type: ignore[operator]
 
 
 def positive(name: str, value: Any, hint: str) -> float:
