@@ -332,12 +332,12 @@ def test_calibrate_noise_multiplier_golden_value() -> None:
     [
         (0.01, 1.0, 100_000, "pld"),
         (0.01, 0.01, 3000, "pld"),
-        (0.01, 0.1, 1, "rdp"),
+        pytest.param(*(0.01, 0.1, 1, "rdp"), marks=pytest.mark.slow),
         (0.01, 1.0, 100_000, "rdp"),
         (3.0, 0.05, 500, "pld"),
         (8.0, 1e-4, 1, "rdp"),
-        (8.0, 0.01, 100_000, "pld"),
-        (100.0, 0.3, 3000, "pld"),
+        pytest.param(*(8.0, 0.01, 100_000, "pld"), marks=pytest.mark.slow),
+        pytest.param(*(100.0, 0.3, 3000, "pld"), marks=pytest.mark.slow),
         (100.0, 1.0, 1, "pld"),
     ],
 )

@@ -316,13 +316,14 @@ def test_model_compiled_as_in_use_equals_torch(name):
     assert_model_matches(*MODELS[name](), options=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_FLOAT64)
 def test_model_in_float64_equals_torch(name):
     model, loss_fn, *inputs = MODELS[name]()
     assert_model_matches(model.double(), loss_fn, *map(in_float64, inputs), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_model_in_bfloat16_is_near_torch(name):
     model, loss_fn, (x, y) = MODELS[name]()
     half = x.bfloat16() if x.is_floating_point() else x
@@ -332,7 +333,13 @@ def test_model_in_bfloat16_is_near_torch(name):
     assert {str(g.dtype) for g in gradients.values()} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt", "encoder, post-norm, causal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cnn",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt", "encoder, post-norm, causal")),
+    ],
+)
 def test_model_in_training_draws_other_masks_for_equal_examples(name):
     model, loss_fn, (x, y), *_ = MODELS[name]()
     same = [leaf[:1].expand(leaf.shape).contiguous() for leaf in (x, y)]

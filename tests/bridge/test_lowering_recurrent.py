@@ -168,6 +168,7 @@ def test_recurrent_model_in_float64_equals_torch():
     assert_model_matches(model.double(), loss_fn, [x.double() for x in args], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_recurrent_model_in_bfloat16_is_near_torch():
     model, loss_fn, args = MODELS["lstm"]()
     exact, _, _ = run_program(model, loss_fn, args)

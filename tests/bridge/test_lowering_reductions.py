@@ -94,6 +94,21 @@ CASES = {
     "normalize": (lambda x: torch.nn.functional.normalize(x, dim=1), zeros_in_the_middle()),
     "cumsum": (lambda x: [x.cumsum(0), x.cumsum(-1), (x > 0).cumsum(1)], normal(3, 4)),
     "cumprod": (lambda x: x.cumprod(1), normal(3, 4)),
+    "diff": (
+        lambda x, y: [
+            torch.diff(x),
+            torch.diff(x, n=2, dim=0),
+            torch.diff(x, n=5),
+            torch.diff(x, dim=1, prepend=y),
+            torch.diff(x, n=2, dim=-1, prepend=y, append=y.float()),
+        ],
+        normal(3, 4),
+        normal(3, 2),
+    ),
+    "diff of integers and bools": (
+        lambda x: [x.diff(prepend=x[:, :1] - 1), (x > 0).diff(), x.diff(append=x > 0)],
+        integers(3, 4),
+    ),
     "count_nonzero": (lambda x: [x.count_nonzero(), x.count_nonzero(dim=1)], tied(3, 4)),
     "sort": (lambda x: [x.sort(), x.sort(0, descending=True), x.argsort(1)], normal(3, 4)),
     "stable sort at ties": (

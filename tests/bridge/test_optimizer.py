@@ -686,11 +686,16 @@ class Tunable(nn.Module):
     [
         lambda m: setattr(m, "second", nn.Sigmoid()),
         lambda m: setattr(m, "act", torch.sigmoid),
-        lambda m: m.factors.__setitem__(0, 3.0),
-        lambda m: setattr(m, "extra", object()),
-        lambda m: setattr(m, "forward", lambda x: m.first(x) * 2),
+        pytest.param(lambda m: m.factors.__setitem__(0, 3.0), marks=pytest.mark.slow),
+        pytest.param(lambda m: setattr(m, "extra", object()), marks=pytest.mark.slow),
+        pytest.param(
+            lambda m: setattr(m, "forward", lambda x: m.first(x) * 2), marks=pytest.mark.slow
+        ),
         lambda m: m.first.register_forward_hook(lambda *args: args[-1] * 3),
-        lambda m: m.first.register_forward_pre_hook(lambda module, args: (args[0] * 3,)),
+        pytest.param(
+            lambda m: m.first.register_forward_pre_hook(lambda module, args: (args[0] * 3,)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_model_rebuilt_between_steps_is_lowered_anew(change):

@@ -75,10 +75,14 @@ def take_steps(optimizer, loader, count):
     return torch.stack(released)
 
 
-@pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize(
-    ("flags"),
-    [{}, {"microbatch_size": 3}, {"keep_batch_dim": False}, {"strategy": "materialize"}],
+    ("flags", "rescale"),
+    [
+        ({}, False),
+        ({"microbatch_size": 3}, True),
+        ({"keep_batch_dim": False}, False),
+        ({"strategy": "materialize"}, True),
+    ],
     ids=str,
 )
 def test_step_releases_the_plans_clipped_sum(flags, rescale):
@@ -234,8 +238,11 @@ def test_part_of_a_draw_is_refused():
     assert optimizer.ledger.steps == 1
 
 
-@pytest.mark.parametrize("config", [POISSON, BANDED], ids=["poisson", "banded"])
-@pytest.mark.parametrize("made", [0, 2])
+@pytest.mark.parametrize(
+    ("config", "made"),
+    [(BANDED, 0), (BANDED, 2), (POISSON, 2)],
+    ids=["unbegun", "banded", "poisson"],
+)
 def test_resumed_run_releases_what_an_unbroken_one_does(config, made):
     _, optimizer, loader = make_run(config)
     whole = take_steps(optimizer, loader, STEPS)

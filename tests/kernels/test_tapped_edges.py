@@ -85,7 +85,10 @@ def contrast_sum(strategy):
     return clipped(contrast, strategy, batch_argnums=(1, 2))
 
 
-@pytest.mark.parametrize("strategy", TAPPED)
+@pytest.mark.parametrize(
+    "strategy",
+    [s if s == "auto" else pytest.param(s, marks=pytest.mark.slow) for s in TAPPED],
+)
 @pytest.mark.parametrize("extra", [np.nan, 1e15])
 @pytest.mark.parametrize("is_padding", [False, True])
 def test_no_example_changes_how_others_are_clipped(strategy, extra, is_padding):

@@ -232,6 +232,7 @@ def test_optimized_strategies_start_where_they_are_told():
     np.testing.assert_allclose(coef, start / np.linalg.norm(start))
 
 
+@pytest.mark.slow
 def test_optimize_coefs_for_amplifications_meets_its_budget():
     coef, stddev = tz.optimize_coefs_for_amplifications(
         12, dataset_size=20, expected_batch_size=10, epsilon=8.0, delta=1e-5

@@ -266,6 +266,21 @@ def _cumprod(call: Call, x: jax.Array, dim: int, *, dtype: Any = None) -> jax.Ar
     return jnp.cumprod(x.astype(call.dtype), dim) if x.ndim else x
 
 
+@register_lowering(aten.diff.default)
+def _diff(
+    call: Call,
+    x: jax.Array,
+    n: int = 1,
+    dim: int = -1,
+    prepend: jax.Array | None = None,
+    append: jax.Array | None = None,
+) -> jax.Array:
+    before, after = (
+        None if part is None else part.astype(call.dtype) for part in (prepend, append)
+    )
+    return jnp.diff(x.astype(call.dtype), n, dim, before, after)
+
+
 @register_lowering(aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
 def _count_nonzero(call: Call, x: jax.Array, dim: Dims = None) -> jax.Array:
     return jnp.sum((x != 0).astype(jnp.int64), axes_of(x, dim))
