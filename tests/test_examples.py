@@ -28,6 +28,7 @@ def test_example_runs(name, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_digits_fails_its_own_check_below_the_floor(monkeypatch):
     """In this process: starting another takes longer than the example."""
     options = ["--model", "mlp", "--batch-size", "32", "--steps", "1", "--floor", "1.1"]

@@ -294,7 +294,6 @@ MODELS = {
     ),
 }  # fmt: skip
 
-AS_IN_USE = ("resnet", "gpt, tied")
 IN_FLOAT64 = ("cnn", "gpt, tied", "text classifier")
 
 
@@ -311,7 +310,7 @@ def test_model_equals_torch(name):
     assert_model_matches(*MODELS[name]())
 
 
-@pytest.mark.parametrize("name", AS_IN_USE)
+@pytest.mark.parametrize("name", ["resnet", pytest.param("gpt, tied", marks=pytest.mark.slow)])
 def test_model_compiled_as_in_use_equals_torch(name):
     assert_model_matches(*MODELS[name](), options=None)
 

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 import jax
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -79,6 +80,7 @@ RESUME = """
 """
 
 
+@pytest.mark.slow
 def test_resuming_in_a_new_process_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
     model, optimizer, loader = make_problem(steps=12)
     path, result = tmp_path / "checkpoint.pt", tmp_path / "result.pt"

@@ -98,7 +98,9 @@ def test_self_check_looks_at_the_last_example(monkeypatch):
         fresh.backward(x, y)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(5, marks=pytest.mark.slow), 13])
+@pytest.mark.parametrize(
+    "size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 8)), 13]
+)
 def test_self_check_passes_what_is_right(size):
     model = nn.Sequential(
         nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Dropout(0.5), nn.GELU(), nn.Linear(6, 2)
