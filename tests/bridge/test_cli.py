@@ -265,6 +265,7 @@ def test_audit_repeats_with_its_seed_alone(ask):
 # -- the picture ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plot_is_a_picture_of_what_is_stated(ask, tmp_path):
     path = tmp_path / "epsilon.png"
     _, table = ask(f"{EPSILON} --accountant both --plot {path}")

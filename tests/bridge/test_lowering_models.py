@@ -305,7 +305,13 @@ def in_float64(tree):
     return tuple(map(in_float64, tree))
 
 
-@pytest.mark.parametrize("name", MODELS)
+# To be had by `make test-slow`: near relatives of others.
+RELATIVES = {"gpt", "transformer", "vit"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in RELATIVES else n for n in MODELS]
+)
 def test_model_equals_torch(name):
     assert_model_matches(*MODELS[name]())
 

@@ -147,6 +147,7 @@ def test_noise_is_the_plans_own(config):
         np.testing.assert_allclose(row, expected, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_noise_is_correlated_as_the_strategy_says():
     model, optimizer, loader = make_run(BANDED)
     del model

@@ -176,7 +176,9 @@ NETWORKS = ["dense-three_layers", "conv-patch_embedding", "scaling-layer_norm", 
 
 
 @strategies("auto")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [NETWORKS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS[1:])]
+)
 def test_sum_of_a_network_moves_by_at_most_its_sensitivity(name, strategy):
     """With inputs and with parameters that are a million times as large."""
     model = MODELS[name]

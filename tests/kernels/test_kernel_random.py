@@ -135,7 +135,7 @@ def check(layers, strategy, seed):
 drawn = given(losses(), st.sampled_from(STRATEGIES), st.integers(0, 3))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @drawn
 def test_random_models_equal_a_float64_loop(layers, strategy, seed):
     check(layers, strategy, seed)

@@ -6,6 +6,7 @@ import pytest
 from dpkernels import auditing
 
 upstream = pytest.importorskip("jax_privacy.auditing")
+pytestmark = pytest.mark.slow
 
 RNG = np.random.default_rng(0)
 SCORES = {

@@ -11,6 +11,7 @@ from scipy import stats
 import dpkernels.batch_selection as ours
 
 theirs = pytest.importorskip("jax_privacy.batch_selection")
+pytestmark = pytest.mark.slow
 
 NAMES = [
     "BMinSepSampling",
