@@ -1,6 +1,7 @@
 """Differentially private training in JAX: clip, sum, noise. Knows nothing of torch."""
 
 from dpkernels._compat import refuse_broken_jaxlib
+from dpkernels.clipped_vjp import ClippedVjp, clipped_vjp
 from dpkernels.clipping import (
     Aux,
     BoundedSensitivityCallable,
@@ -13,9 +14,11 @@ from dpkernels.tree_clipping import clip_pytree
 __all__ = [
     "Aux",
     "BoundedSensitivityCallable",
+    "ClippedVjp",
     "clip_pytree",
     "clipped_fun",
     "clipped_grad",
+    "clipped_vjp",
     "gaussian_privatizer",
     "matrix_factorization_privatizer",
 ]

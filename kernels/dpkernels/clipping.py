@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpkernels import _validate
+from dpkernels.mixing import refuse_mixing
 from dpkernels.per_example import Examples, sum_over_examples, sum_over_microbatches
 from dpkernels.tapped.explain import Explanation
 from dpkernels.tapped.gradient import TappedGradient
@@ -174,6 +175,8 @@ def clipped_grad(
 
     Raises:
         TypeError: If an argument has the wrong type, or gradients are complex.
+        NotImplementedError: When called, if `fun` shows a whole batch to code that JAX does not
+            see into: a `custom_vmap`, or a callback whose `vmap_method` says so.
         ValueError: If one is out of range, or arguments contradict each other.
 
     Guarantees:
@@ -280,7 +283,7 @@ def _tapped(
     for bound in jax.tree.leaves(l2_clip_norm):
         check_clip_norm(bound)
 
-    def prepare(args: Sequence[Any]) -> tuple[Examples, TappedGradient]:
+    def prepare(args: Sequence[Any]) -> tuple[PyTree, Examples, TappedGradient]:
         examples = Examples(args, batch_args, prng_argnum, keep_batch_dim)
 
         def loss_of_example(params: tuple[PyTree, ...], row: PyTree) -> Any:
@@ -304,18 +307,18 @@ def _tapped(
             drops_nonfinite=nan_safe,
             strategy=strategy,
         )
-        return examples, gradient
+        return params, examples, gradient
 
     def summed(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
-        examples, gradient = prepare(args)
-        is_padding = _padding_mask(is_padding_example, examples.batch_size)
+        params, examples, gradient = prepare(args)
+        is_padding = padding_mask(is_padding_example, examples.batch_size)
         value, (values, aux, norms) = sum_over_microbatches(
-            lambda rows, is_padding: gradient(rows, is_padding, spmd_axis_name),
+            lambda rows, is_padding: gradient(params, rows, is_padding, spmd_axis_name),
             examples.rows,
             is_padding,
             microbatch_size,
         )
-        value = _normalized(value, normalize_by)
+        value = normalized(value, normalize_by)
         if not any(returned):
             return value
         if keep_batch_dim:
@@ -325,9 +328,9 @@ def _tapped(
         )
         return value, Aux(*chosen)
 
-    bound = _norm_bound(l2_clip_norm, rescale_to_unit_norm, None) / normalize_by
+    bound = norm_bound(l2_clip_norm, rescale_to_unit_norm, None) / normalize_by
     return BoundedSensitivityCallable(
-        summed, bound, any(returned), lambda *args: prepare(args)[1].explain()
+        summed, bound, any(returned), lambda *args: prepare(args)[2].explain()
     )
 
 
@@ -398,6 +401,8 @@ def clipped_fun(
 
     def summed(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
         examples = Examples(args, batch_args, prng_argnum, keep_batch_dim)
+        program = jax.make_jaxpr(lambda row: fun(*examples.arguments(row)))
+        refuse_mixing(program(examples.row))
 
         def one_example(row: PyTree, is_padding: jax.Array) -> tuple[PyTree, PyTree]:
             value, aux = fun(*examples.arguments(row))
@@ -409,18 +414,18 @@ def clipped_fun(
         value, (aux, norms) = sum_over_examples(
             one_example,
             examples.rows,
-            _padding_mask(is_padding_example, examples.batch_size),
+            padding_mask(is_padding_example, examples.batch_size),
             microbatch_size=microbatch_size,
             spmd_axis_name=spmd_axis_name,
         )
-        value = _normalized(value, normalize_by)
+        value = normalized(value, normalize_by)
         if keep_batch_dim:
             aux = jax.tree.map(_drop_axis_1, aux)
         extras = {(True, False): aux, (False, True): norms, (True, True): (aux, norms)}
         which = (has_aux, return_norms)
         return (value, extras[which]) if which in extras else value
 
-    bound = _norm_bound(l2_clip_norm, rescale_to_unit_norm, grid_scale) / normalize_by
+    bound = norm_bound(l2_clip_norm, rescale_to_unit_norm, grid_scale) / normalize_by
     return BoundedSensitivityCallable(summed, bound, has_aux or return_norms)
 
 
@@ -433,11 +438,13 @@ def _check_sizes(normalize_by: float, microbatch_size: int | None) -> tuple[floa
     return normalize_by, microbatch_size
 
 
-def _normalized(value: PyTree, normalize_by: float) -> PyTree:
+def normalized(value: PyTree, normalize_by: float) -> PyTree:
+    """Returns a sum over a public number."""
     return value if normalize_by == 1 else jax.tree.map(lambda x: x / normalize_by, value)
 
 
-def _norm_bound(l2_clip_norm: PyTree, rescale_to_unit_norm: bool, grid_scale: float | None) -> Any:
+def norm_bound(l2_clip_norm: PyTree, rescale_to_unit_norm: bool, grid_scale: float | None) -> Any:
+    """Returns the most that the norm of one clipped value can be."""
     bounds = jax.tree.leaves(l2_clip_norm)
     if grid_scale is not None:
         return grid_scale
@@ -466,7 +473,8 @@ def _widened(array: jax.Array, dtype: Any) -> jax.Array:
     return cast.astype(widest([cast]))
 
 
-def _padding_mask(is_padding_example: jax.Array | None, batch_size: int) -> jax.Array:
+def padding_mask(is_padding_example: jax.Array | None, batch_size: int) -> jax.Array:
+    """Returns the mask, or one without padding; raises ValueError if it has not a bool a row."""
     if is_padding_example is None:
         return jnp.zeros((batch_size,), bool)
     mask = jnp.asarray(is_padding_example)

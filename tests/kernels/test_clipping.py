@@ -427,3 +427,54 @@ def test_clipped_grad_refuses_a_mask(mask):
     function = clipped_grad(mlp_loss, l2_clip_norm=1.0, batch_argnums=(1, 2))
     with pytest.raises(ValueError, match="`is_padding_example` must be bools of shape"):
         function(*make_problem(), is_padding_example=mask)
+
+
+# Code that sees a whole batch
+
+
+@jax.custom_batching.custom_vmap
+def centred(x):
+    return x
+
+
+@centred.def_vmap
+def _over_the_batch(size, is_batched, x):
+    return x - x.mean(0), is_batched[0]
+
+
+def called_back(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(lambda y: y - y.mean(0), shape, x, vmap_method="expand_dims")
+
+
+@jax.custom_vjp
+def mixed_backward(x):
+    return x
+
+
+mixed_backward.defvjp(lambda x: (x, None), lambda _, g: (centred(g),))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "materialize"])
+@pytest.mark.parametrize("loss", [
+    lambda w, x: jnp.sum((w * centred(x)) ** 2),
+    lambda w, x: jnp.sum((w * called_back(x)) ** 2),
+    lambda w, x: jnp.sum((w * jax.jit(centred)(x)) ** 2),
+    lambda w, x: jnp.sum(mixed_backward(w * x) ** 2),
+], ids=["custom_vmap", "callback", "inside jit", "in backward"])  # fmt: skip
+def test_losses_that_see_a_whole_batch_are_refused(loss, strategy):
+    function = clipped_grad(loss, l2_clip_norm=1.0, strategy=strategy)
+    with pytest.raises(NotImplementedError, match="`fun` must keep examples apart, got"):
+        function(jnp.ones(3), jnp.arange(6.0).reshape(2, 3))
+
+
+def test_callbacks_one_by_one_are_let_in():
+    def loss(w, x):
+        shape = jax.ShapeDtypeStruct((), x.dtype)
+        scale = jax.pure_callback(
+            lambda y: np.float32(2.0), shape, jnp.sum(x), vmap_method="sequential"
+        )
+        return jnp.sum(w * x) * scale
+
+    total = clipped_grad(loss, l2_clip_norm=10.0)(jnp.ones(2), jnp.ones((3, 2)))
+    np.testing.assert_allclose(total, [6.0, 6.0])

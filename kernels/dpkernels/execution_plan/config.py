@@ -3,15 +3,14 @@
 import abc
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import dp_accounting
 
 from dpkernels import _validate
-from dpkernels.clipping import BoundedSensitivityCallable
 from dpkernels.composition import epsilon_of_event, smallest_noise_multiplier
-from dpkernels.execution_plan.performance import PerformanceFlags, make_clipped_grad
+from dpkernels.execution_plan.performance import PerformanceFlags, PlannedClipping
 
 if TYPE_CHECKING:
     from dpkernels.execution_plan.plan import DPExecutionPlan
@@ -205,8 +204,8 @@ class PrivateConfig(abc.ABC):
         )
         return dataclasses.replace(self, noise_multiplier=noise_multiplier)
 
-    def _clipped_grad(self, flags: PerformanceFlags) -> Callable[..., BoundedSensitivityCallable]:
-        return make_clipped_grad(
+    def _clipped_grad(self, flags: PerformanceFlags) -> PlannedClipping:
+        return PlannedClipping(
             flags,
             l2_clip_norm=self.l2_clip_norm,
             rescale_to_unit_norm=self.rescale_to_unit_norm,

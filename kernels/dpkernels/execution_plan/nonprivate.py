@@ -9,7 +9,7 @@ import optax
 from dpkernels import _validate
 from dpkernels.batch_selection import FixedBatchSampling
 from dpkernels.execution_plan.config import NeighboringRelation
-from dpkernels.execution_plan.performance import PerformanceFlags, make_clipped_grad
+from dpkernels.execution_plan.performance import PerformanceFlags, PlannedClipping
 from dpkernels.execution_plan.plan import DPExecutionPlan
 
 
@@ -49,7 +49,7 @@ class NonPrivateConfig:
             performance_flags: How it is computed.
         """
         return DPExecutionPlan(
-            clipped_grad=make_clipped_grad(
+            clipped_grad=PlannedClipping(
                 performance_flags or PerformanceFlags(),
                 l2_clip_norm=math.inf,
                 rescale_to_unit_norm=False,

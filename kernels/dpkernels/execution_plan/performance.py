@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpkernels import clipping
+from dpkernels.clipped_vjp import ClippedVjp, clipped_vjp
 from dpkernels.clipping import BoundedSensitivityCallable
 
 
@@ -43,16 +44,24 @@ class PerformanceFlags:
             )
 
 
-def make_clipped_grad(
-    flags: PerformanceFlags,
-    *,
-    l2_clip_norm: Any,
-    rescale_to_unit_norm: bool,
-    normalize_by: float,
-) -> Callable[..., BoundedSensitivityCallable]:
-    """Returns `dpkernels.clipped_grad` with the arguments filled in that a plan decides."""
+@dataclass(frozen=True)
+class PlannedClipping:
+    """`dpkernels.clipped_grad` with the arguments filled in that a plan decides.
 
-    def clipped_grad(
+    Attributes:
+        flags: How it is computed.
+        l2_clip_norm: See `dpkernels.clipped_grad`.
+        rescale_to_unit_norm: Likewise.
+        normalize_by: Likewise.
+    """
+
+    flags: PerformanceFlags
+    l2_clip_norm: Any
+    rescale_to_unit_norm: bool
+    normalize_by: float
+
+    def __call__(
+        self,
         fun: Callable[..., Any],
         argnums: int | Sequence[int] = 0,
         has_aux: bool = False,
@@ -68,19 +77,54 @@ def make_clipped_grad(
             fun,
             argnums,
             has_aux,
-            l2_clip_norm=l2_clip_norm,
-            rescale_to_unit_norm=rescale_to_unit_norm,
-            normalize_by=normalize_by,
             batch_argnums=batch_argnums,
-            keep_batch_dim=flags.keep_batch_dim,
             return_values=return_values,
             return_grad_norms=return_grad_norms,
             pre_clipping_transform=pre_clipping_transform,
-            microbatch_size=flags.microbatch_size,
-            dtype=flags.dtype,
+            microbatch_size=self.flags.microbatch_size,
+            dtype=self.flags.dtype,
             prng_argnum=prng_argnum,
-            spmd_axis_name=flags.spmd_axis_name,
-            strategy=flags.strategy,
+            **self._shared(),
         )
 
-    return clipped_grad
+    @property
+    def has_vjp(self) -> bool:
+        """Whether `vjp` computes the same: not in microbatches, and not on gradients that are cast.
+
+        In microbatches nothing is kept from forward, which is what they are for.
+        """
+        flags = self.flags
+        is_whole = flags.microbatch_size is None and flags.dtype is None
+        return is_whole and flags.strategy != "materialize"
+
+    def vjp(
+        self,
+        fun: Callable[..., Any],
+        has_aux: bool = False,
+        *,
+        batch_argnums: int | Sequence[int] = 1,
+        prng_argnum: int | None = None,
+    ) -> ClippedVjp:
+        """See `dpkernels.clipped_vjp`; what is left out here is the plan's.
+
+        Raises:
+            NotImplementedError: If not `has_vjp`.
+        """
+        if not self.has_vjp:
+            raise NotImplementedError(
+                "`vjp` must keep what forward computed, got a plan that works in microbatches or "
+                "forms every gradient. Use `clipped_grad`."
+            )
+        return clipped_vjp(
+            fun, has_aux, batch_argnums=batch_argnums, prng_argnum=prng_argnum, **self._shared()
+        )
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "l2_clip_norm": self.l2_clip_norm,
+            "rescale_to_unit_norm": self.rescale_to_unit_norm,
+            "normalize_by": self.normalize_by,
+            "keep_batch_dim": self.flags.keep_batch_dim,
+            "spmd_axis_name": self.flags.spmd_axis_name,
+            "strategy": self.flags.strategy,
+        }

@@ -6,18 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpkernels.mixing import has_custom_derivatives, refuse_mixing
 from dpkernels.tapped.explain import Explanation, explain, parameter_names
-from dpkernels.tapped.step import Clipping, Plan
+from dpkernels.tapped.step import Clipping, Plan, Residuals
 from dpkernels.tree_clipping import clip_factor
 
 PyTree = Any
 
 
-class TappedGradient:
-    """Clips and sums the gradients of a loss, without forming them where that is dearer.
+class Tapped:
+    """A function of parameters and one example, taken apart.
 
     Args:
-        loss: `loss(params, example)` returns `(loss, aux)` for one example.
+        function: `function(params, example)` returns `(outputs, aux)`: what is differentiated,
+            a list of arrays, and what is not.
         params: What to differentiate by.
         example: Shapes and types of one example.
         batch_size: How many examples there are.
@@ -26,13 +28,17 @@ class TappedGradient:
         drops_nonfinite: Whether an example with a non-finite gradient contributes zero.
         strategy: "auto", "gram" or "product".
 
+    Attributes:
+        plan: What is done.
+        outputs: Shapes and types of what is differentiated.
+
     Raises:
-        TypeError: If the loss is not a real scalar, or a parameter is not of a real type.
+        TypeError: If a parameter is not of a real type.
     """
 
     def __init__(
         self,
-        loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+        function: Callable[[PyTree, PyTree], tuple[list[jax.Array], PyTree]],
         params: PyTree,
         example: PyTree,
         *,
@@ -42,14 +48,17 @@ class TappedGradient:
         drops_nonfinite: bool,
         strategy: str,
     ) -> None:
-        self._params, self._params_tree = jax.tree.flatten(params)
+        leaves, self._params_tree = jax.tree.flatten(params)
         self._names, self._batch_size = parameter_names(params), batch_size
-        _check_params(self._params)
+        _check_params(leaves)
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), params
         )
-        closed, (loss_shape, self._aux) = jax.make_jaxpr(loss, return_shape=True)(shapes, example)
-        _check_loss(loss_shape)
+        closed, (self.outputs, aux) = jax.make_jaxpr(function, return_shape=True)(shapes, example)
+        refuse_mixing(closed)
+        if has_custom_derivatives(closed):
+            refuse_mixing(jax.make_jaxpr(_pulled_back(function))(shapes, example))
+        self._aux_tree = jax.tree.structure(aux)
         self._clipping = Clipping(
             _groups(l2_clip_norm, params),
             tuple(jax.tree.leaves(l2_clip_norm)),
@@ -58,7 +67,8 @@ class TappedGradient:
         )
         self.plan = Plan(
             closed,
-            len(self._params),
+            len(leaves),
+            len(self.outputs),
             batch_size,
             self._clipping.groups,
             strategy,
@@ -70,23 +80,97 @@ class TappedGradient:
         plan = self.plan
         return explain(plan.forms, plan.graph, plan.sites, self._names, self._batch_size)
 
+    def forward(
+        self, params: Sequence[jax.Array], examples: PyTree, spmd_axis_name: str | None = None
+    ) -> tuple[list[jax.Array], PyTree, Residuals]:
+        """Returns what is differentiated and what is not, `(batch, ...)`, and the residuals.
+
+        Args:
+            params: The leaves of the parameters.
+            examples: `(batch, ...)`.
+            spmd_axis_name: See `jax.vmap`.
+        """
+        rows, count = jax.tree.leaves(examples), len(self.outputs)
+        outputs, residuals = self.plan.forward(list(params), rows, spmd_axis_name)
+        return outputs[:count], jax.tree.unflatten(self._aux_tree, outputs[count:]), residuals
+
+    def backward(
+        self,
+        params: Sequence[jax.Array],
+        residuals: Residuals,
+        cotangents: list[jax.Array],
+        is_padding_example: jax.Array,
+    ) -> tuple[PyTree, jax.Array]:
+        """Returns the clipped sums, and `(batch,)` norms of all together.
+
+        Args:
+            params: The leaves that `forward` had.
+            residuals: What it returned.
+            cotangents: Of what is differentiated, `(batch, ...)`.
+            is_padding_example: `(batch,)` bools.
+        """
+        sums, norms = self.plan.backward(
+            list(params), residuals, cotangents, is_padding_example, self._clipping
+        )
+        norm = norms[0]
+        for other in norms[1:]:
+            norm = jnp.hypot(norm, other)
+        return jax.tree.unflatten(self._params_tree, sums), norm
+
+
+class TappedGradient(Tapped):
+    """Clips and sums the gradients of a loss, without forming them where that is dearer.
+
+    Args:
+        loss: `loss(params, example)` returns `(loss, aux)` for one example.
+        params: See `Tapped`.
+        example: Likewise.
+        **options: Likewise.
+
+    Raises:
+        TypeError: If the loss is not a real scalar, or a parameter is not of a real type.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+        params: PyTree,
+        example: PyTree,
+        **options: Any,
+    ) -> None:
+        def function(params: PyTree, example: PyTree) -> tuple[list[jax.Array], PyTree]:
+            value, aux = loss(params, example)
+            value = jnp.asarray(value)
+            _check_loss(value)
+            return [value], aux
+
+        super().__init__(function, params, example, **options)
+
     def __call__(
-        self, examples: PyTree, is_padding_example: jax.Array, spmd_axis_name: str | None
+        self,
+        params: PyTree,
+        examples: PyTree,
+        is_padding_example: jax.Array,
+        spmd_axis_name: str | None,
     ) -> tuple[PyTree, tuple[jax.Array, PyTree, jax.Array]]:
         """Returns the sums, and `(batch,)` losses, auxiliary outputs and norms of all together."""
-        step = self.plan.step(
-            self._params,
-            jax.tree.leaves(examples),
-            is_padding_example,
-            self._clipping,
-            spmd_axis_name,
-        )
-        values, *aux = step.outputs
-        norm = step.norms[0]
-        for other in step.norms[1:]:
-            norm = jnp.hypot(norm, other)
-        aux_tree = jax.tree.unflatten(jax.tree.structure(self._aux), aux)
-        return jax.tree.unflatten(self._params_tree, step.sums), (values, aux_tree, norm)
+        leaves = jax.tree.leaves(params)
+        (values,), aux, residuals = self.forward(leaves, examples, spmd_axis_name)
+        ones = [jnp.ones_like(values)]
+        sums, norms = self.backward(leaves, residuals, ones, is_padding_example)
+        return sums, (values, aux, norms)
+
+
+def _pulled_back(
+    function: Callable[[PyTree, PyTree], tuple[list[jax.Array], PyTree]],
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Returns the function with its backward pass."""
+
+    def both(params: PyTree, example: PyTree) -> PyTree:
+        outputs, pull_back, _ = jax.vjp(lambda p: function(p, example), params, has_aux=True)
+        return pull_back([jnp.ones_like(x) for x in outputs])
+
+    return both
 
 
 def _groups(l2_clip_norm: PyTree, params: PyTree) -> tuple[int, ...]:

@@ -154,9 +154,9 @@ class Graph:
         self.trains.append(trains)
         return len(self.avals) - 1
 
-    def evaluate(self, inputs: Sequence[Any]) -> dict[int, Any]:
-        """Returns all outer values, by index, from the first ones (parameters and constants)."""
-        values = {**self.constants, **dict(enumerate(inputs))}
+    def evaluate(self, inputs: Sequence[Any], constants: dict[int, Any]) -> dict[int, Any]:
+        """Returns all outer values, by index, from the first ones: parameters and constants."""
+        values = {**constants, **dict(enumerate(inputs))}
         for step in self.outer_steps:
             operands = [self.read(atom, values) for atom in step.inputs]
             values.update(zip(step.outputs, bind(step.eqn, operands), strict=True))
@@ -180,14 +180,16 @@ def read(
     closed: jexc.ClosedJaxpr,
     *,
     num_trainable: int,
+    num_differentiated: int,
     keeps_site: Callable[[Any, tuple[int, ...]], bool],
 ) -> Graph:
     """Reads the program of one example.
 
     Args:
-        closed: Its inputs are the trainable parameters, then the example. Its first output is the
-            loss.
+        closed: Its inputs are the trainable parameters, then the example. Its first outputs are
+            what is differentiated.
         num_trainable: How many inputs are trainable.
+        num_differentiated: How many outputs are differentiated.
         keeps_site: Asked of an equation without data, and the positions of its trainable inputs,
             whether it is to be a site all the same.
     """
@@ -202,9 +204,10 @@ def read(
     graph.top.inputs = tuple(x.index for x in locals_)
     reader.walk(closed.jaxpr, env, graph.top.steps, ())
     outputs = [reader.look_up(env, var) for var in closed.jaxpr.outvars]
-    outputs[0] = reader.joined(outputs[0], graph.top.steps, ())
+    for i in range(num_differentiated):
+        outputs[i] = reader.joined(outputs[i], graph.top.steps, ())
     graph.top.outputs = tuple(outputs)
-    graph.top.steps = _drop_dead_ends(graph.top.steps, outputs[:1])
+    graph.top.steps = _drop_dead_ends(graph.top.steps, outputs[:num_differentiated])
     return graph
 
 
@@ -344,7 +347,7 @@ class _Reader:
 
 
 def _drop_dead_ends(steps: list[Step], outputs: Sequence[Atom]) -> list[Step]:
-    """Turns sites that the loss does not depend on into plain steps."""
+    """Turns sites that what is differentiated does not depend on into plain steps."""
     alive = {atom.index for atom in outputs if isinstance(atom, Local)}
     kept: list[Step] = []
     for step in reversed(steps):

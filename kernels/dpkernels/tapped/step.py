@@ -1,4 +1,4 @@
-"""One private step: sites, norms, clipped sums. One forward and one backward pass."""
+"""One private step, in its halves: forward to the outputs, backward to norms and clipped sums."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,19 +38,20 @@ class Clipping:
     drops_nonfinite: bool
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Sums:
-    """What a step gives.
+class Residuals:
+    """What lies between forward and backward.
 
     Attributes:
-        sums: The clipped sum for each parameter, float32 or float64.
-        norms: `(batch,)` norms before clipping, for each clip norm.
-        outputs: The program's outputs, `(batch, ...)`: the loss first.
+        saved: What each site saved, `(batch, *loops, ...)`.
+        pull_back: From cotangents of the outputs to those of the taps.
+        constants: Of the graph, which are of the trace that forward was in.
     """
 
-    sums: Arrays
-    norms: Arrays
-    outputs: Arrays
+    saved: list[Arrays]
+    pull_back: Callable[[Arrays], tuple[list[Any]]]
+    constants: dict[int, Any]
 
 
 class Plan:
@@ -58,8 +59,9 @@ class Plan:
 
     Args:
         closed: The program. Its inputs are the parameters and what belongs to the example; its
-            first output is the loss.
+            first outputs are what is differentiated: a loss, or several tensors.
         num_trainable: The number of parameters.
+        num_differentiated: The number of these outputs.
         batch_size: How many examples there are.
         clip_groups: For each parameter, which clip norm it is under.
         strategy: "auto", "gram" or "product".
@@ -75,12 +77,19 @@ class Plan:
         self,
         closed: jexc.ClosedJaxpr,
         num_trainable: int,
+        num_differentiated: int,
         batch_size: int,
         clip_groups: Sequence[int],
         strategy: str,
         platform: str,
     ) -> None:
-        self.graph: Graph = read(closed, num_trainable=num_trainable, keeps_site=_is_lookup)
+        self.graph: Graph = read(
+            closed,
+            num_trainable=num_trainable,
+            num_differentiated=num_differentiated,
+            keeps_site=_is_lookup,
+        )
+        self._num_differentiated = num_differentiated
         self.sites = self.graph.top.sites()
         self._platform = platform
         self.forms: list[Form] = [
@@ -88,44 +97,63 @@ class Plan:
             for block in find_blocks(self.graph, Views(self.graph, num_trainable), clip_groups)
         ]
 
-    def step(
-        self,
-        params: Arrays,
-        examples: Arrays,
-        is_padding_example: jax.Array,
-        clipping: Clipping,
-        spmd_axis_name: str | None = None,
-    ) -> Sums:
-        """Runs one step.
+    def forward(
+        self, params: Arrays, examples: Arrays, spmd_axis_name: str | None = None
+    ) -> tuple[Arrays, Residuals]:
+        """Runs the program, and keeps what backward needs.
 
         Args:
             params: The parameters.
             examples: What the program takes beside them, `(batch, ...)`.
-            is_padding_example: `(batch,)` bools.
-            clipping: How to clip.
             spmd_axis_name: See `jax.vmap`.
-        """
-        outer = self.graph.evaluate(params)
-        outputs, saved, dy = self._backward(outer, examples, spmd_axis_name)
-        values = Values(self.graph, params, outer, saved, dy)
-        sums, norms = _Clipper(self.forms, clipping, is_padding_example).clipped(values)
-        return Sums(sums, norms, outputs)
 
-    def _backward(self, outer: dict[int, Any], examples: Arrays, spmd_axis_name: str | None) -> Any:
-        level = self.graph.top
+        Returns:
+            The program's outputs, `(batch, ...)`; and what `backward` takes.
+        """
+        level, count = self.graph.top, self._num_differentiated
+        outer = self.graph.evaluate(params, self.graph.constants)
         bind_local = bind_for(self._platform)
 
-        def one(inputs: Arrays) -> Any:
-            def forward(taps: list[Any]) -> Any:
-                outputs, saved = run.evaluate(level, outer, inputs, taps, bind_local)
-                return outputs[0], (outputs, saved)
+        def one(taps: list[Any], inputs: Arrays) -> Any:
+            outputs, saved = run.evaluate(level, outer, inputs, taps, bind_local)
+            return outputs, run.by_site(level, saved)
 
-            taps = run.zero_taps(level)
-            loss, pull_back, (outputs, saved) = jax.vjp(forward, taps, has_aux=True)
-            (dy,) = pull_back(jnp.ones_like(loss))
-            return outputs, run.by_site(level, saved), run.by_site(level, dy)
+        def forward(taps: list[Any]) -> Any:
+            mapped = jax.vmap(one, spmd_axis_name=spmd_axis_name)
+            outputs, saved = mapped(taps, examples)
+            return outputs[:count], (outputs[count:], saved)
 
-        return jax.vmap(one, spmd_axis_name=spmd_axis_name)(examples)
+        size = examples[0].shape[0]
+        taps = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), run.zero_taps(level))
+        outputs, pull_back, (others, saved) = jax.vjp(forward, taps, has_aux=True)
+        return [*outputs, *others], Residuals(saved, pull_back, self.graph.constants)
+
+    def backward(
+        self,
+        params: Arrays,
+        residuals: Residuals,
+        cotangents: Arrays,
+        is_padding_example: jax.Array,
+        clipping: Clipping,
+    ) -> tuple[Arrays, Arrays]:
+        """Returns the clipped sums, and `(batch,)` norms before clipping for each clip norm.
+
+        Args:
+            params: The parameters.
+            residuals: What `forward` kept.
+            cotangents: `(batch, ...)`, of what is differentiated.
+            is_padding_example: `(batch,)` bools.
+            clipping: How to clip.
+        """
+        (dy,) = residuals.pull_back(cotangents)
+        values = Values(
+            self.graph,
+            params,
+            self.graph.evaluate(params, residuals.constants),
+            residuals.saved,
+            run.by_site(self.graph.top, dy),
+        )
+        return _Clipper(self.forms, clipping, is_padding_example).clipped(values)
 
 
 @dataclass(frozen=True)
