@@ -108,3 +108,19 @@ def test_the_version_is_the_distributions():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert config["metadata"]["version"] == dpbridge.__version__
+
+
+def test_importing_does_not_start_jax():
+    """Where it is started before its settings are, it takes the GPU, and forks are unsafe."""
+    code = """
+import dpbridge, jax
+jax.config.update("jax_platforms", "nowhere")
+try:
+    jax.devices()
+except RuntimeError:
+    print("not started")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "not started\n"

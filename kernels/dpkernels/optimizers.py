@@ -1,5 +1,6 @@
 """Optimizers that say how gradients are to be scaled before they are clipped."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -17,17 +18,23 @@ _SMALLEST, _LARGEST = 2.0**-64, 2.0**64
 # No coordinate of a scaled gradient is larger: its norm stays finite, and far above any clip norm.
 _BOUND = 2.0**96
 
-# Where the optimizers of optax keep the second moment. Keyed by type: a user's own parameters may
-# well have a field of the same name.
-_SECOND_MOMENTS: dict[type, Callable[[Any], PyTree]] = {
-    optax.ScaleByAdamState: lambda state: state.nu,
-    optax.ScaleByAmsgradState: lambda state: state.nu_max,
-    optax.ScaleByBeliefState: lambda state: state.nu,
-    optax.ScaleByRmsState: lambda state: state.nu,
-    # Has no public name.
-    type(optax.scale_by_rms(bias_correction=True).init({})): lambda state: state.nu,
-    optax.ScaleByRssState: lambda state: state.sum_of_squares,
-}
+
+@functools.cache
+def _readers() -> dict[type, Callable[[Any], PyTree]]:
+    """Returns how to find the second moment in the states of optax's optimizers.
+
+    Keyed by type: a user's own parameters may well have a field of the same name.
+    """
+    # Has no public name. To ask for it starts JAX, which importing this must not.
+    corrected_rms = type(optax.scale_by_rms(bias_correction=True).init({}))
+    return {
+        optax.ScaleByAdamState: lambda state: state.nu,
+        optax.ScaleByAmsgradState: lambda state: state.nu_max,
+        optax.ScaleByBeliefState: lambda state: state.nu,
+        optax.ScaleByRmsState: lambda state: state.nu,
+        corrected_rms: lambda state: state.nu,
+        optax.ScaleByRssState: lambda state: state.sum_of_squares,
+    }
 
 
 class PreClippingTransform(Protocol):
@@ -187,14 +194,15 @@ def _check_optimizer(name: str, optimizer: Any) -> None:
 
 def _second_moments(state: PyTree, tree: PyTree) -> list[jax.Array | None]:
     """Returns v of every leaf of `tree`, or None for a leaf that no adaptive state holds."""
-    nodes = jax.tree.leaves_with_path(state, is_leaf=lambda node: type(node) in _SECOND_MOMENTS)
+    readers = _readers()
+    nodes = jax.tree.leaves_with_path(state, is_leaf=lambda node: type(node) in readers)
     found = [
-        (jax.tree_util.keystr(path), _spread(_SECOND_MOMENTS[type(node)](node), tree))
+        (jax.tree_util.keystr(path), _spread(readers[type(node)](node), tree))
         for path, node in nodes
-        if type(node) in _SECOND_MOMENTS
+        if type(node) in readers
     ]
     if not any(v is not None for _, held in found for v in held):
-        known = ", ".join(kind.__name__ for kind in _SECOND_MOMENTS)
+        known = ", ".join(kind.__name__ for kind in readers)
         raise ValueError(
             f"`base_optimizer` must keep a second moment, got a state without any of {known}. "
             "Use optax.adam, say, or pass `extract_preconditioner_from_state_fn`."
