@@ -14,6 +14,7 @@ from dpbridge.dtypes import to_jax_dtype
 from dpbridge.lowering import lower
 from dpbridge.lowering.interpreter import Tensor, evaluate
 from dpbridge.lowering.table import Run
+from dpbridge.self_check import DropoutOff
 from oracles import QUICKEST_TO_COMPILE
 
 BATCH = 3
@@ -172,7 +173,8 @@ def run_program(
         def loss(parameters, key, *example):
             rows = [leaf[None] for leaf in example]
             named = {**arrays, **constants, **parameters}
-            return program(named, key, jnp.array(randomness), *rows)
+            (value,), held = program(named, key, jnp.array(randomness), *rows)
+            return value, held
 
         step = jax.vmap(
             jax.value_and_grad(loss, has_aux=True), in_axes=(None, 0) + (0,) * len(tensors)
@@ -189,7 +191,10 @@ def assert_model_matches(
     """Asserts the loss and all per-example gradients, each relative to its own norm."""
     losses, gradients, held = run_program(model, loss_fn, args, kwargs, options=options)
     assert held.all()
-    expected_losses, expected = oracles.torch_per_example_gradients(model, loss_fn, args, kwargs)
+    with DropoutOff():
+        expected_losses, expected = oracles.torch_per_example_gradients(
+            model, loss_fn, args, kwargs
+        )
     np.testing.assert_allclose(losses, expected_losses.numpy(), rtol=rtol)
     assert gradients.keys() == expected.keys()
     for i in range(len(losses)):

@@ -1,8 +1,9 @@
 """Every op of an exported program that JAX has no rule for, not the first one alone."""
 
+import itertools
 import operator
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ def op_findings(program: Program) -> list[Finding]:
         _trace(program)
     except TRACE_ERRORS as error:
         places: dict[tuple[str, str, str], list[str]] = {}
-        for node, text in _refusals(program.graph_module):
+        of_example = [name is None for name in program.inputs]
+        # Which block an op lies in makes no difference to whether it can be lowered.
+        half = {device: dtype for dtype in program.half_types for device in ("cpu", "cuda")}
+        for node, text in _refusals(program.graph_module, of_example, half):
             what, where = op_name(node.target), at_line(node).removeprefix(" at ")
             text = text.removeprefix(f"`{what}`{at_line(node)} ")
             places.setdefault((what, *split(text)), []).append(where)
@@ -93,15 +97,35 @@ def _trace(program: Program) -> None:
         jax.eval_shape(program, arrays, jax.random.key(0), jnp.array(True), *leaves)
 
 
-def _refusals(graph_module: GraphModule) -> Iterator[tuple[Node, str]]:
+def _refusals(
+    graph_module: GraphModule, of_example: Sequence[bool], half: Mapping[str, torch.dtype]
+) -> Iterator[tuple[Node, str]]:
+    """Yields the ops that cannot be lowered, and why.
+
+    Args:
+        graph_module: The graph.
+        of_example: For each of its inputs whether it depends on the example.
+        half: See `Run.autocast`.
+    """
+    # What is written in place is passed over: then at worst an op is found that much later.
+    dependent = set(itertools.compress(_inputs(graph_module), of_example))
     for node in graph_module.graph.nodes:
+        if not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
         if node.op != "call_function" or node.target is operator.getitem:
             continue
-        inner = [refusal for body in _bodies(node) for refusal in _refusals(body)]
+        inner: list[tuple[Node, str]] = []
+        for body in _bodies(node):
+            operands = node.args[len(node.args) - len(_inputs(body)) :]
+            inner += _refusals(body, [operand in dependent for operand in operands], half)
         yield from inner
-        text = None if inner else _refusal(node)
+        text = None if inner else _refusal(node, dependent, half)
         if text is not None:
             yield node, text
+
+
+def _inputs(graph_module: GraphModule) -> list[Node]:
+    return list(graph_module.graph.find_nodes(op="placeholder"))
 
 
 def _bodies(node: Node) -> list[GraphModule]:
@@ -114,7 +138,7 @@ def _held(node: Node) -> Any:
     return getattr(node.graph.owning_module, str(node.target)) if node.op == "get_attr" else None
 
 
-def _refusal(node: Node) -> str | None:
+def _refusal(node: Node, dependent: set[Node], half: Mapping[str, torch.dtype]) -> str | None:
     """Returns why an op cannot be lowered where nothing but its inputs is known, or None."""
     sources = node.all_input_nodes
     held = {source: _held(source) for source in sources}
@@ -125,9 +149,12 @@ def _refusal(node: Node) -> str | None:
     def run(*arrays: jax.Array) -> Any:
         waiting = iter(arrays)
         inputs: list[Any] = [
-            Tensor.of(next(waiting)) if held[source] is None else held[source] for source in sources
+            Tensor.of(next(waiting), of_example=source in dependent)
+            if held[source] is None
+            else held[source]
+            for source in sources
         ]
-        return evaluate(alone, inputs, Run(jax.random.key(0), jnp.array(True)))
+        return evaluate(alone, inputs, Run(jax.random.key(0), jnp.array(True), half))
 
     try:
         with x64():

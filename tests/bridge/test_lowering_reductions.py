@@ -120,6 +120,16 @@ CASES = {
         tied(3, 8),
     ),
     "topk": (lambda x: [x.topk(2), x.topk(2, 0, largest=False)], normal(3, 4)),
+    "searchsorted": (
+        lambda x, bounds: [
+            torch.searchsorted(bounds.sort()[0], x, side="right"),
+            torch.bucketize(x, bounds.sort()[0].float(), out_int32=True),
+            torch.bucketize(0.5, bounds.sort()[0], right=True),
+            torch.searchsorted(torch.tensor([-1, 0, 0, 2]), x.long(), right=True),
+        ],
+        tied(3, 4),
+        tied(5),
+    ),
     "kthvalue": (lambda x: [x.kthvalue(2), x.kthvalue(1, 0, keepdim=True)], normal(3, 4)),
     "median over an axis": (lambda x: [x.median(1), x.median(0, keepdim=True)], normal(3, 4)),
     "median at ties": (torch.median, tied(3, 4)),

@@ -1,42 +1,39 @@
-"""The training graph of one example's loss, by torch.export, and what that would let pass."""
+"""The training graph of one example, by torch.export, and what that would let pass."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from dpbridge.lowering import autocast
 
-def export_loss(
+
+def export_program(
     model: nn.Module,
     loss_fn: Callable[..., Any] | None,
-    loss_of: Callable[..., Any],
+    call: Callable[..., Any],
     tensors: tuple[torch.Tensor, ...],
 ) -> ExportedProgram:
-    """Exports `loss_of(*tensors)`, with what model and loss hold as further inputs.
+    """Exports `call(*tensors)`, with what model and loss hold as further inputs.
 
     Raises:
-        ValueError: If the loss is not a scalar floating-point tensor.
-        NotImplementedError: If forward branches on data or keeps state, or if autocast or hooks
-            on gradients would change what torch computes.
+        NotImplementedError: If forward branches on data or keeps state, or if hooks on gradients
+            would change what torch computes.
     """
-    _check_no_autocast()
     _check_hooks(model)
-    module = _LossModule(model, loss_fn, loss_of)
-    exported = _export(module, tensors)
+    _check_not_scripted(model)
+    module = _CallModule(model, loss_fn, call)
+    with autocast.entered(autocast.current()):
+        exported = _export(module, tensors)
+    _check_no_generator(exported)
     _check_stateless(module, exported)
-    _check_scalar(exported)
     return exported
-
-
-def _check_no_autocast() -> None:
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
-        raise NotImplementedError(
-            "torch.autocast must be off, got it on. Cast model and inputs instead."
-        )
 
 
 def _check_hooks(model: nn.Module) -> None:
@@ -53,23 +50,35 @@ def _check_hooks(model: nn.Module) -> None:
         )
 
 
-class _LossModule(nn.Module):
+def _check_not_scripted(model: nn.Module) -> None:
+    scripted = [
+        name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise NotImplementedError(
+            f"`{scripted[0] or 'model'}` must be a module in Python, got a torch.jit.ScriptModule. "
+            "Use the module that it was made of."
+        )
+
+
+class _CallModule(nn.Module):
     """Holds model and loss as submodules, so that export lifts the tensors of both."""
 
-    def __init__(self, model: nn.Module, loss_fn: Any, loss_of: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Any, call: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
-        self.loss_of = loss_of
+        self.call = call
         self.training = model.training
         self.rewritten: set[str] = set()
 
     def forward(self, *leaves: torch.Tensor) -> Any:
         before = _attributes(self)
-        with _kept_weights(self):
-            loss = self.loss_of(*leaves)
-        self.rewritten.update(_restore(self, before))
-        return loss
+        with _draws_of_torch_alone():
+            with _kept_weights(self):
+                outputs = self.call(*leaves)
+            self.rewritten.update(_restore(self, before))
+        return outputs
 
 
 @contextmanager
@@ -85,6 +94,24 @@ def _kept_weights(root: nn.Module) -> Iterator[None]:
     finally:
         for layer, (weights, references) in zip(layers, kept, strict=True):
             layer._flat_weights, layer._flat_weight_refs = weights, references
+
+
+@contextmanager
+def _draws_of_torch_alone() -> Iterator[None]:
+    """Refuses draws that the program would keep, the same for all examples and steps."""
+    before = _random_states()
+    yield
+    for library, state in _random_states().items():
+        if state != before[library]:
+            raise NotImplementedError(
+                f"The model must not draw from `{library}` in forward: its numbers would become "
+                "part of the program, the same for all examples and steps. Draw with torch."
+            )
+
+
+def _random_states() -> dict[str, Any]:
+    _, keys, position, *_ = np.random.get_state()
+    return {"random": random.getstate(), "numpy.random": (position, np.asarray(keys).tobytes())}
 
 
 def _attributes(root: nn.Module) -> dict[str, torch.Tensor]:
@@ -109,15 +136,24 @@ def _restore(root: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
     return changed
 
 
-def _export(module: _LossModule, tensors: tuple[torch.Tensor, ...]) -> ExportedProgram:
+def _export(module: _CallModule, tensors: tuple[torch.Tensor, ...]) -> ExportedProgram:
     try:
         with (
             _replaced(nn.modules.transformer, "_detect_is_causal_mask", _no_causal_hint),
             _replaced(torch.Tensor, "register_hook", _no_tensor_hook),
             _replaced(nn.utils.rnn.PackedSequence, "__new__", _no_packing),
+            _replaced(torch, "manual_seed", _no_seed),
+            # It branches on the values of parameters, only to raise an error.
+            _replaced(torch.distributions.Distribution, "_validate_args", False),
         ):
             return torch.export.export(module, tensors, strict=False)
     except RuntimeError as error:
+        # torch has no public name for this one either.
+        if type(error).__name__ == "DynamicOutputShapeException":
+            raise NotImplementedError(
+                f"`{error}` is not supported: the shape of what it keeps for backward depends on "
+                "the data. Write the model without it."
+            ) from error
         if _reads_data(error):
             raise NotImplementedError(
                 f"The model must not branch on values of its data:\n{error}\n"
@@ -169,7 +205,23 @@ def _no_packing(cls: type, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def _check_stateless(module: _LossModule, exported: ExportedProgram) -> None:
+def _no_seed(seed: int) -> None:
+    raise NotImplementedError(
+        f"The model must not call torch.manual_seed in forward, got a seed of {seed}. There, "
+        "numbers are drawn from the seed of the run, others for each example and step; draw "
+        "outside forward what is to be the same."
+    )
+
+
+def _check_no_generator(exported: ExportedProgram) -> None:
+    if any(isinstance(constant, torch.Generator) for constant in exported.constants.values()):
+        raise NotImplementedError(
+            "The model must not draw from a torch.Generator in forward: there, numbers are drawn "
+            "from the seed of the run, others for each example and step. Leave out `generator`."
+        )
+
+
+def _check_stateless(module: _CallModule, exported: ExportedProgram) -> None:
     placeholders = exported.graph.find_nodes(op="placeholder")
     specs = zip(placeholders, exported.graph_signature.input_specs, strict=True)
     read = {spec.target for node, spec in specs if node.users}
@@ -182,7 +234,8 @@ def _check_stateless(module: _LossModule, exported: ExportedProgram) -> None:
         )
 
 
-def _check_scalar(exported: ExportedProgram) -> None:
+def check_scalar(exported: ExportedProgram) -> None:
+    """Raises ValueError unless the program computes one floating-point scalar."""
     (output,) = exported.graph.find_nodes(op="output")
     results = [
         result.meta["val"] if isinstance(result, torch.fx.Node) else result

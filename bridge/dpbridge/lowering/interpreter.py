@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from dpbridge.dtypes import to_jax_dtype
 from dpbridge.lowering import table
+from dpbridge.lowering.autocast import cast_operands
 from dpbridge.lowering.table import Call, Run
 
 ViewOp = Callable[[Any], Any]
@@ -31,9 +32,18 @@ aten = torch.ops.aten
 
 @dataclass(eq=False)
 class Cell:
-    """The memory behind one or more tensors; `fixed` says why it must not change, if so."""
+    """The memory behind one or more tensors.
+
+    Attributes:
+        array: What it holds.
+        of_example: Whether that depends on the example, and not only on parameters and constants.
+        version: How often it was written to.
+        is_viewed: Whether there are views of it.
+        fixed: Why it must not change, if so.
+    """
 
     array: Any
+    of_example: bool = True
     version: int = 0
     is_viewed: bool = False
     fixed: str | None = None
@@ -112,9 +122,9 @@ class Tensor:
     fixed: str | None = None
 
     @classmethod
-    def of(cls, array: Any, fixed: str | None = None) -> "Tensor":
+    def of(cls, array: Any, fixed: str | None = None, *, of_example: bool = True) -> "Tensor":
         """Returns a tensor with memory of its own."""
-        return cls(View(Cell(array)), fixed)
+        return cls(View(Cell(array, of_example)), fixed)
 
     def read(self) -> Any:
         """Returns the array as it stands now."""
@@ -153,9 +163,9 @@ def _call(node: Node, env: dict[Node, Any], run: Run) -> Any:
         return args[0][args[1]]
     if node.target in _REGIONS:
         return _REGIONS[node.target](run, *args)
-    call = Call(node, run)
+    call = Call(node, run, _is_of_example((args, kwargs)))
     _check_static(call)
-    functional = _functional(node.target)
+    functional = functional_op(node.target)
     entry = table.find(functional or node.target)
     if entry is None:
         raise _no_rule(node)
@@ -166,12 +176,17 @@ def _call(node: Node, env: dict[Node, Any], run: Run) -> Any:
 
     if functional and entry.is_alias:
         return _change_view(call, args[0], apply)
-    if functional:
-        return _write(call, args[0], apply)
-    if entry.is_alias and entry.is_alias(node):
+    if entry.is_alias and entry.is_alias(node) and not functional:
         return _alias(call, args[0], apply)
-    result = apply(_read(args[0])) if args else entry.rule(call, **_read(kwargs))
-    wrapped = _wrap(_conform(call, result))
+
+    def apply_cast(*first: Any) -> Any:
+        operands, named = cast_operands(call, ((*first, *_read(args[1:])), _read(kwargs)))
+        return entry.rule(call, *operands, **named)
+
+    if functional:
+        return _write(call, args[0], apply_cast)
+    result = apply_cast(*_read(args[:1]))
+    wrapped = _wrap(_conform(call, result), call.of_example)
     sharing = [env[source] for source in table.memory_sources(node)]
     for value in jax.tree.leaves([wrapped, sharing]) if sharing else []:
         value.view.cell.fixed = "memory that another tensor shares"
@@ -183,6 +198,7 @@ def _write(call: Call, target: Tensor, apply: ViewOp) -> Tensor:
     if fixed:
         raise call.refuse(f"it writes into {fixed}. Write into a clone.")
     target.view.write(_conform_one(call, apply(target.read()), call.result))
+    target.view.cell.of_example |= call.of_example
     return target
 
 
@@ -215,7 +231,7 @@ def _part(apply: ViewOp, index: int) -> ViewOp:
 
 
 @functools.cache
-def _functional(target: Any) -> Any:
+def functional_op(target: Any) -> Any:
     """Returns `aten.relu.default` for `aten.relu_.default`, and None for ops not in-place."""
     if not (isinstance(target, table.OpOverload) and target._schema.is_mutable):
         return None
@@ -271,10 +287,15 @@ def _no_rule(node: Node) -> NotImplementedError:
     )
 
 
-def _wrap(result: Any) -> Any:
+def _is_of_example(values: Any) -> bool:
+    tensors = [value for value in jax.tree.leaves(values) if isinstance(value, Tensor)]
+    return any(tensor.view.cell.of_example for tensor in tensors)
+
+
+def _wrap(result: Any, of_example: bool) -> Any:
     if isinstance(result, (tuple, list)):
-        return [_wrap(part) for part in result]
-    return Tensor.of(result) if isinstance(result, jax.Array) else result
+        return [_wrap(part, of_example) for part in result]
+    return Tensor.of(result, of_example=of_example) if isinstance(result, jax.Array) else result
 
 
 def _read(value: Any) -> Any:
@@ -315,11 +336,14 @@ def _without_gradient(result: Any, outer_cells: set[int]) -> Any:
 def _autocast_region(
     run: Run, device: str, dtype: Any, enabled: bool, cache: Any, body: GraphModule, *operands: Any
 ) -> list[Any]:
-    if enabled:
-        raise NotImplementedError(
-            "The model must not use torch.autocast, got one in forward. Cast model and inputs."
-        )
-    return _evaluate(body, list(operands), run)
+    """A `torch.autocast` block; what is computed in it has the types that torch gives it."""
+    outside = run.autocast
+    others = {name: other for name, other in outside.items() if name != device}
+    run.autocast = {**others, device: dtype} if enabled else others
+    try:
+        return _evaluate(body, list(operands), run)
+    finally:
+        run.autocast = outside
 
 
 def _checkpoint_region(run: Run, body: GraphModule, *operands: Any) -> list[Any]:

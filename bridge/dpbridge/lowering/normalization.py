@@ -1,7 +1,6 @@
 """Normalisation over the features of one example."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +100,23 @@ def _instance_norm(
 
 
 @register_lowering(aten.batch_norm.default)
-def _batch_norm(call: Call, *args: Any, **kwargs: Any) -> jax.Array:
-    raise call.refuse("batch normalisation mixes examples. Use nn.GroupNorm.")
+def _batch_norm(
+    call: Call,
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    running_mean: jax.Array | None,
+    running_var: jax.Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> jax.Array:
+    # Of weights, which it standardises in some convolutions, it mixes nothing.
+    if call.of_example or running_mean is not None or not training:
+        raise call.refuse("batch normalisation mixes examples. Use nn.GroupNorm.")
+    axes = (0, *range(2, x.ndim))
+    return _affine(_standardize(widen(x), axes, eps), weight, bias, _channelwise(x))
 
 
 @register_lowering(aten._weight_norm.default)

@@ -1,4 +1,4 @@
-"""The boundary: a torch model and loss become the JAX program of one example's loss."""
+"""The boundary: a torch model, or its loss, becomes the JAX program of one example."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
-from dpbridge.lowering.export import export_loss
+from dpbridge.lowering.autocast import State, current, half_types
+from dpbridge.lowering.export import check_scalar, export_program
 from dpbridge.lowering.interpreter import Tensor, evaluate
 from dpbridge.lowering.table import Run
 
@@ -19,7 +21,7 @@ Arrays = Mapping[str, jax.Array]
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The loss of one example, as a JAX function of named arrays.
+    """What is computed of one example, as a JAX function of named arrays.
 
     Attributes:
         graph_module: The exported graph, all parameters and constants lifted to inputs.
@@ -28,17 +30,24 @@ class Program:
             and tensors that the model or the loss holds otherwise.
         messages: What may be wrong with an example, one line an entry of the second result;
             known once the program has been traced.
+        autocast: The state in which it was exported.
     """
 
     graph_module: torch.fx.GraphModule
     inputs: tuple[str | None, ...]
     constants: Mapping[str, torch.Tensor]
     messages: list[str]
+    autocast: State = ()
+
+    @property
+    def half_types(self) -> frozenset[torch.dtype]:
+        """The types to which `torch.autocast` casts, around forward or in it."""
+        return half_types(self.graph_module, self.autocast)
 
     def __call__(
         self, arrays: Arrays, key: jax.Array, randomness: jax.Array, *leaves: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the scalar loss, and `(len(messages),)` bools that are True where all is well.
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Returns the outputs, and `(len(messages),)` bools that are True where all is well.
 
         Args:
             arrays: Parameters by their name in the model, and `constants` by theirs.
@@ -47,16 +56,18 @@ class Program:
             *leaves: The tensors of one example, with a leading axis of 1, in the order in which
                 `jax.tree.leaves` gives those of the batch.
         """
-        run = Run(key, randomness)
+        run = Run(key, randomness, dict(self.autocast))
         waiting = iter(leaves)
         tensors = [
-            Tensor.of(next(waiting)) if name is None else Tensor.of(arrays[name], _state(name))
+            Tensor.of(next(waiting))
+            if name is None
+            else Tensor.of(arrays[name], _state(name), of_example=False)
             for name in self.inputs
         ]
-        (loss,) = evaluate(self.graph_module, tensors, run)
+        outputs = evaluate(self.graph_module, tensors, run)
         self.messages[:] = [message for _, message in run.requirements]
         held = [holds for holds, _ in run.requirements]
-        return loss, jnp.stack(held) if held else jnp.ones((0,), bool)
+        return list(outputs), jnp.stack(held) if held else jnp.ones((0,), bool)
 
 
 def _state(name: str) -> str:
@@ -69,35 +80,75 @@ def lower(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Program:
-    """Exports the training program of one example and prepares it for JAX.
+    """Exports the loss of one example and prepares it for JAX.
 
     Args:
-        model: Any module. Its training flags are kept.
+        model: Any module. Its training flags are kept, and the state of `torch.autocast`.
         loss_fn: Called with the model's output and the last of `args`. None if the model returns
             the loss, or something with a `loss` attribute.
         args: One example: nested tuples, lists and dicts of tensors with a leading axis of 1, and
             bools, strings and None, which become part of the program.
         kwargs: Keywords of the model, likewise.
 
+    Returns:
+        A program with the loss as its one output.
+
     Raises:
         ValueError: If the loss is not a scalar floating-point tensor.
         NotImplementedError: If forward branches on data, keeps state, or reaches a parameter by a
-            way that its gradient cannot follow; if there are hooks on gradients, or autocast is
-            on; and, when the program is traced, if an op has no rule.
+            way that its gradient cannot follow; if there are hooks on gradients; and, when the
+            program is traced, if an op has no rule.
 
     >>> example = (torch.ones(1, 2), torch.ones(1, 1))
     >>> lower(nn.Linear(2, 1), nn.MSELoss(), example, {}).inputs
     ('weight', 'bias', None, None)
     """
+
+    def loss_of(*args: Any, **kwargs: Any) -> Any:
+        return loss_of_example(model, loss_fn, args, kwargs)
+
+    exported = _export(model, loss_fn, loss_of, args, kwargs)
+    check_scalar(exported)
+    return _program(exported, model)
+
+
+def lower_outputs(
+    root: nn.Module,
+    call: Callable[..., tuple[torch.Tensor, ...]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Program:
+    """Exports what `call` computes of one example; otherwise as `lower`.
+
+    Args:
+        root: Holds the parameters and buffers that `call` uses; they have their names from it.
+        call: Returns tensors.
+        args: One example, as in `lower`.
+        kwargs: Likewise.
+    """
+    return _program(_export(root, None, call, args, kwargs), root)
+
+
+def _export(
+    model: nn.Module,
+    loss_fn: Callable[..., Any] | None,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> ExportedProgram:
     leaves, structure = jax.tree.flatten((args, dict(kwargs)), is_leaf=lambda leaf: leaf is None)
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
-    def loss_of(*example: torch.Tensor) -> Any:
+    def call_on_tensors(*example: torch.Tensor) -> Any:
         waiting = iter(example)
         filled = [next(waiting) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        return loss_of_example(model, loss_fn, *jax.tree.unflatten(structure, filled))
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        return call(*args, **kwargs)
 
-    exported = export_loss(model, loss_fn, loss_of, tensors)
+    return export_program(model, loss_fn, call_on_tensors, tensors)
+
+
+def _program(exported: ExportedProgram, model: nn.Module) -> Program:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     state = {**exported.state_dict, **exported.constants}
     names = {id(tensor): name for name, tensor in reversed(parameters.items())}
@@ -114,7 +165,7 @@ def lower(
             name = _constant_name(spec)
             constants[name] = tensor
         inputs.append(name)
-    return Program(exported.graph_module, tuple(inputs), constants, [])
+    return Program(exported.graph_module, tuple(inputs), constants, [], current())
 
 
 def loss_of_example(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from dpbridge.lowering.dtypes import Operand, promote
 from dpbridge.lowering.reductions import pick
 from dpbridge.lowering.table import Call, register_lowering
 
@@ -70,3 +71,32 @@ def _median(call: Call, x: jax.Array) -> jax.Array:
     middle = jnp.sort(jax.lax.stop_gradient(x).reshape(-1))[(x.size - 1) // 2]
     # Equal values share the gradient, as in torch; jnp.max does that.
     return jnp.max(jnp.where(x <= middle, x, jnp.min(x)))
+
+
+@register_lowering(aten.bucketize.Tensor, aten.bucketize.Scalar)
+def _bucketize(
+    call: Call,
+    x: Operand,
+    boundaries: jax.Array,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+) -> jax.Array:
+    return _searchsorted(call, boundaries, x, right=right)
+
+
+@register_lowering(aten.searchsorted.Tensor, aten.searchsorted.Scalar)
+def _searchsorted(
+    call: Call,
+    boundaries: jax.Array,
+    x: Operand,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: jax.Array | None = None,
+) -> jax.Array:
+    if boundaries.ndim != 1 or sorter is not None:
+        raise call.refuse("only boundaries in one sorted row have a rule.")
+    boundaries, x = promote(boundaries, x)
+    return jnp.searchsorted(boundaries, x, side="right" if right or side == "right" else "left")

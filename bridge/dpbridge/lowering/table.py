@@ -3,7 +3,7 @@
 import importlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ class Run:
 
     Attributes:
         key: PRNG key of this example at this step.
-        randomness: Scalar bool; False turns dropout into the identity (for the self-check).
+        randomness: Scalar bool; False turns dropout into the identity and what is drawn into fixed
+            numbers (for the self-check).
+        autocast: The devices for which `torch.autocast` is on, and the type it casts to.
         requirements: `(holds, message)` pairs that rules ask the host to check.
     """
 
     key: jax.Array
     randomness: jax.Array
+    autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
     requirements: list[tuple[jax.Array, str]] = field(default_factory=list)
     random_ops: int = 0
 
@@ -52,10 +55,13 @@ class Call:
     Attributes:
         node: The graph's node.
         run: The evaluation it belongs to.
+        of_example: Whether its tensors depend on the example, and not only on parameters and
+            constants.
     """
 
     node: Node
     run: Run
+    of_example: bool = True
 
     @property
     def result(self) -> Any:
@@ -219,9 +225,12 @@ _FAMILIES = (
     "patches",
     "pooling",
     "resizing",
+    "grid",
     "normalization",
     "attention",
     "losses",
     "margins",
     "dropout",
+    "draws",
+    "jax_call",
 )
