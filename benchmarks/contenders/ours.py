@@ -11,8 +11,11 @@ from dpbridge import to_jax
 from dpbridge._compat import matmul_precision, x64
 from dpbridge.batches import take_apart
 from dpbridge.clipped_sum import ClippedSum, Result
+from dpbridge.example_loss import LoweredLoss
 from dpbridge.mechanism import GaussianMechanism
 from dpbridge.streams import dropout_stream
+
+_STREAMS = (dropout_stream(0, 0, 0),)
 
 
 class Ours(Contender):
@@ -30,9 +33,8 @@ class Ours(Contender):
         self._padding = np.zeros(task.row.batch_size, bool)
         with x64():
             mechanism = GaussianMechanism(self._clip, 0.0, float(task.row.batch_size))
-            self._program = ClippedSum(
-                model, task.row.make_loss(), self._batch, self._trainable, mechanism
-            )
+            loss = LoweredLoss.of(model, task.row.make_loss(), self._batch)
+            self._program = ClippedSum(loss, model, self._trainable, mechanism)
         self._found: Result | None = None
 
     def __call__(self) -> None:
@@ -41,7 +43,7 @@ class Ours(Contender):
                 self._trainable,
                 self._batch.tensors,
                 self._padding,
-                stream=dropout_stream(0, 0, 0),
+                streams=_STREAMS,
                 l2_clip_norm=self._clip,
             )
         jax.block_until_ready(self._found)
@@ -58,7 +60,7 @@ class Ours(Contender):
                 to_jax(self._program._frozen),
                 to_jax(self._batch.tensors),
                 self._padding,
-                dropout_stream(0, 0, 0),
+                _STREAMS,
                 np.float64(self._clip),
                 {},
                 np.bool_(True),

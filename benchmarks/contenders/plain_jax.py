@@ -44,7 +44,7 @@ class Lowered:
     def loss(self, trainable: Arrays, frozen: Arrays, row: tuple[jax.Array, ...]) -> jax.Array:
         """Returns the loss of one example, whose arrays have a leading axis of 1."""
         key = jax.random.key(0)
-        loss, _ = self._program({**frozen, **trainable}, key, np.bool_(True), *row)
+        (loss,), _ = self._program({**frozen, **trainable}, key, np.bool_(True), *row)
         return loss
 
 

@@ -1,5 +1,8 @@
 """Differentially private training for PyTorch users, computed by JAX."""
 
+import importlib
+from typing import Any
+
 from dpbridge import accounting
 from dpbridge._compat import share_the_gpu
 from dpbridge.budget import PrivacyBudgetExceeded
@@ -9,12 +12,13 @@ from dpbridge.exchange import jax2torch, to_jax, to_torch
 from dpbridge.findings import Finding, Report
 from dpbridge.fix import fix
 from dpbridge.gradient_computer import DpsgdGradientComputer
+from dpbridge.jax_module import JaxModule
 from dpbridge.ledger import Ledger
 from dpbridge.loaders import PoissonLoader
 from dpbridge.lowering import register_lowering
 from dpbridge.optimizer import DPOptimizer
 from dpbridge.plan_loader import PlanLoader
-from dpbridge.private import make_private
+from dpbridge.private import make_private, make_public
 from dpbridge.scaling import scale_then_privatize
 from dpbridge.train import TrainingState, train
 
@@ -27,6 +31,7 @@ __all__ = [
     "DPOptimizer",
     "DpsgdGradientComputer",
     "Finding",
+    "JaxModule",
     "Ledger",
     "PlanLoader",
     "PoissonLoader",
@@ -38,9 +43,17 @@ __all__ = [
     "fix",
     "jax2torch",
     "make_private",
+    "make_public",
     "register_lowering",
     "scale_then_privatize",
     "to_jax",
     "to_torch",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `dpbridge.lightning` when it is asked for: Lightning is not needed otherwise."""
+    if name == "lightning":
+        return importlib.import_module("dpbridge.lightning")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

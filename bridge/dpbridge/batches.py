@@ -1,5 +1,6 @@
 """What a user passes to `backward`: tensors with one row an example, in any nesting."""
 
+import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,23 @@ class Batch:
         return self.structure, self.settings, self.tensor_at, shapes
 
     def example(self, row: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns `(args, kwargs)` of one example, with a leading axis of 1."""
-        row %= max(self.size, 1)
+        """Returns `(args, kwargs)` of one example, with a leading axis of 1.
+
+        Of a batch without examples, zeros.
+        """
+        if self.size == 0:
+            return self.rebuild([x.new_zeros(1, *x.shape[1:]) for x in self.tensors])
+        row %= self.size
         return self.rebuild([x[row : row + 1] for x in self.tensors])
+
+    @property
+    def num_tensors(self) -> int:
+        """How many of the leaves are tensors."""
+        return sum(self.tensor_at)
+
+    def without_rows(self) -> "Batch":
+        """Returns the structure alone: what `rebuild` needs."""
+        return dataclasses.replace(self, tensors=(), size=0)
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns `(args, kwargs)` with these in place of the tensors."""
@@ -114,12 +129,11 @@ def padded_size(size: int, expected_batch_size: float) -> int:
     return -(-size // step) * step
 
 
-def pad(batch: Batch, size: int) -> tuple[torch.Tensor, ...]:
+def pad(tensors: tuple[torch.Tensor, ...], size: int) -> tuple[torch.Tensor, ...]:
     """Repeats the last example up to `size` rows: real values, so no NaN that was not there."""
-    missing = size - batch.size
+    missing = size - tensors[0].shape[0]
     if missing == 0:
-        return batch.tensors
+        return tensors
     return tuple(
-        torch.cat([x.detach(), x[-1:].detach().expand(missing, *x.shape[1:])])
-        for x in batch.tensors
+        torch.cat([x.detach(), x[-1:].detach().expand(missing, *x.shape[1:])]) for x in tensors
     )

@@ -78,3 +78,12 @@ class PrivacyBudget:
             f"that would spend {spent:.6g} in all. Nothing was released; {ledger.steps} steps were "
             "made before it. Stop here, or plan for more noise or fewer steps."
         )
+
+
+def needed_delta(delta: float | None) -> float:
+    """Returns delta; raises TypeError if it was left out beside an epsilon."""
+    if delta is None:
+        raise TypeError(
+            "`delta` must be given with `epsilon`, got None. Pass one well below 1 / len(dataset)."
+        )
+    return delta

@@ -14,7 +14,7 @@ from dpbridge.check_layers import WRAPPERS, other_findings, replaceable_layers
 from dpbridge.check_ops import STATE, TRACE_ERRORS, finding_of, op_findings, split, user_line
 from dpbridge.findings import Finding, Report, ordered
 from dpbridge.fix import fix, keeps_statistics
-from dpbridge.lowering import loss_of_example, lower
+from dpbridge.lowering import autocast, loss_of_example, lower
 from dpbridge.mechanism import GaussianMechanism
 from dpbridge.private_gradient import PrivateGradient
 from dpbridge.self_check import DropoutOff
@@ -76,7 +76,8 @@ def check(model: nn.Module, *args: Any, loss_fn: Loss = None, **kwargs: Any) -> 
     inner: Any = model.module if isinstance(model, WRAPPERS) else model
     batch = _own_batch(args, kwargs, next(inner.parameters()).device)
     is_fixed = any(keeps_statistics(module) for module in inner.modules())
-    with untouched(inner, loss_fn, has_tensors=False), torch.enable_grad():
+    no_cache = autocast.entered(autocast.current())
+    with untouched(inner, loss_fn, has_tensors=False), torch.enable_grad(), no_cache:
         try:
             inner = fix(inner, inplace=True)
         except NotImplementedError:
@@ -212,7 +213,7 @@ def _together(model: nn.Module, loss_fn: Loss, batch: Batch) -> list[Finding]:
     if not math.isfinite(both + total):
         return []
     is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    tolerance = 1e-3 if is_wide else 5e-2
+    tolerance = 1e-3 if is_wide and not autocast.current() else 5e-2
     if any(math.isclose(both, x, rel_tol=tolerance, abs_tol=1e-6) for x in (total, total / 2)):
         return []
     why = (
@@ -244,7 +245,7 @@ def _agreement(model: nn.Module, loss_fn: Loss, batch: Batch) -> tuple[bool | No
     mechanism = GaussianMechanism(1.0, 1.0, float(batch.size))
     gradient = PrivateGradient(model, loss_fn, mechanism, 0, None, self_check=True)
     try:
-        gradient.add(batch, trainable)
+        gradient.add(gradient.part_of(batch), trainable)
     except IndexError as error:
         return None, [finding_of(error, "batch")]
     except TRACE_ERRORS as error:

@@ -98,13 +98,10 @@ def _parameters(model: nn.Module) -> list[Finding]:
 
 
 def _surroundings() -> list[Finding]:
-    is_on = {
-        "torch.inference_mode": torch.is_inference_mode_enabled(),
-        "torch.autocast": any(map(torch.is_autocast_enabled, ("cpu", "cuda"))),
-    }
-    why = "JAX does not follow it"
-    replacement = "Give the model parameters of the type to compute in, and leave it."
-    return [Finding(name, "", why, replacement) for name, on in is_on.items() if on]
+    if not torch.is_inference_mode_enabled():
+        return []
+    why = "Under it torch keeps no gradients"
+    return [Finding("torch.inference_mode", "", why, "Leave it before training.")]
 
 
 def _listed(names: list[str], most: int = 3) -> str:

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from dpbridge._compat import matmul_precision
-from dpbridge.batches import Batch
+from dpbridge.example_loss import ExampleLoss
 from dpbridge.exchange import finish, to_jax
 from dpbridge.fingerprint import Fingerprint
-from dpbridge.lowering import lower
 from dpbridge.mechanism import Mechanism
 from dpbridge.scaling import ScaledOptimizer
-from dpbridge.streams import Stream, dropout_stream
+from dpbridge.streams import Stream
 from dpkernels import BoundedSensitivityCallable
 from dpkernels.tapped.explain import Explanation
 from dpkernels.tree_clipping import widest
@@ -40,35 +39,34 @@ class Result(NamedTuple):
 
 
 class ClippedSum:
-    """The lowered program of one kind of batch, compiled once for each padded size.
+    """The program of one kind of batch, compiled once for each padded size.
 
     Args:
+        loss: Of one example.
         model: The module.
-        loss_fn: The loss, or None if the model returns it.
-        batch: A batch of the kind that it is for.
         trainable: The parameters to differentiate, by name.
         mechanism: How gradients are clipped.
         scaling: How they are scaled before that, or None.
 
     Attributes:
+        loss: Of one example.
         ready_sizes: Padded sizes at which it has run and, unless that is off, was checked.
         fingerprint: What the model was when it was last checked; keeps identities from reuse.
 
     Raises:
         NotImplementedError: If an op has no lowering rule; from the first call, if at all.
-        ValueError: If the loss is not a scalar, or a parameter was replaced in the model.
+        ValueError: If a parameter was replaced in the model.
     """
 
     def __init__(
         self,
+        loss: ExampleLoss,
         model: nn.Module,
-        loss_fn: Callable[..., Any] | None,
-        batch: Batch,
         trainable: Tensors,
         mechanism: Mechanism,
         scaling: ScaledOptimizer | None = None,
     ) -> None:
-        self._program = lower(model, loss_fn, *batch.example(0))
+        self.loss = loss
         parameters = dict(model.named_parameters())
         for name, parameter in trainable.items():
             if parameters.get(name) is not parameter:
@@ -76,11 +74,7 @@ class ClippedSum:
                     f"`{name}` must be the parameter that the optimizer holds, got another one in "
                     "the model. Make a new optimizer after replacing parameters."
                 )
-        self._frozen = {
-            name: self._program.constants.get(name, parameters.get(name))
-            for name in self._program.inputs
-            if name is not None and name not in trainable
-        }
+        self._frozen = {n: x for n, x in loss.tensors.items() if n not in trainable}
         self._run = jax.jit(self._make(mechanism, scaling))
         self.ready_sizes: set[int] = set()
         self.fingerprint: Fingerprint | None = None
@@ -91,10 +85,11 @@ class ClippedSum:
         tensors: Sequence[torch.Tensor],
         is_padding_example: np.ndarray,
         *,
-        stream: Stream,
+        streams: tuple[Stream, ...],
         l2_clip_norm: float,
         second_moments: Tensors | None = None,
         randomness: bool = True,
+        kept: None = None,
     ) -> Result:
         """Runs on a batch that is padded already.
 
@@ -102,14 +97,16 @@ class ClippedSum:
             trainable: The parameters to differentiate, by name.
             tensors: Leaves of the batch, `(padded size, ...)`.
             is_padding_example: `(padded size,)` bools.
-            stream: Random numbers for dropout, of this physical batch.
+            streams: Random numbers for dropout, of this physical batch.
             l2_clip_norm: Bound on each example's gradient, where the mechanism takes one.
             second_moments: By which gradients are scaled, by name, if there is a scaling.
-            randomness: False makes dropout the identity.
+            randomness: False makes dropout the identity, and fixes what is drawn.
+            kept: Nothing is, here.
 
         Raises:
             IndexError: If a label or token of the batch is out of range.
         """
+        del kept
         with matmul_precision():
             result = Result(
                 *self._run(
@@ -117,18 +114,13 @@ class ClippedSum:
                     to_jax(self._frozen),
                     to_jax(tuple(tensors)),
                     is_padding_example,
-                    stream,
+                    streams,
                     np.float64(l2_clip_norm),
                     to_jax(dict(second_moments or {})),
                     np.bool_(randomness),
                 )
             )
-        messages = self._program.messages
-        broken = [
-            text for text, holds in zip(messages, result.holds, strict=True) if not bool(holds)
-        ]
-        if broken:
-            raise IndexError("; ".join(broken))
+        check_messages(self.loss.messages, result.holds)
         return result
 
     def explain(
@@ -136,6 +128,7 @@ class ClippedSum:
         trainable: Tensors,
         tensors: Sequence[torch.Tensor],
         *,
+        streams: tuple[Stream, ...],
         second_moments: Tensors | None = None,
     ) -> Explanation:
         """Says how norm and clipped sum of every parameter are found, and what that costs.
@@ -143,6 +136,7 @@ class ClippedSum:
         Args:
             trainable: The parameters to differentiate, by name.
             tensors: Leaves of the batch, `(size, ...)`.
+            streams: As in a call.
             second_moments: As in a call.
 
         Raises:
@@ -157,10 +151,10 @@ class ClippedSum:
             to_jax(dict(second_moments or {})),
             np.bool_(False),
         )
-        return clipped_grad.explain(wide, dropout_stream(0, 0, 0).key(), rows)
+        return clipped_grad.explain(wide, keys_of(streams), rows)
 
     def _make(self, mechanism: Mechanism, scaling: ScaledOptimizer | None) -> Callable[..., Any]:
-        program = self._program
+        loss = self.loss
 
         def prepare(
             trainable: Arrays,
@@ -173,15 +167,15 @@ class ClippedSum:
             """Returns the clipped sum, of parameters and rows, and its parameters."""
 
             def loss_of_example(
-                wide: Arrays, key: jax.Array, row: tuple[jax.Array, ...]
+                wide: Arrays, keys: tuple[jax.Array, ...], row: tuple[jax.Array, ...]
             ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
                 own = {name: wide[name].astype(trainable[name].dtype) for name in wide}
                 # A plan may cut off the example's axis of 1, which the program has.
                 shapes = [(1, *array.shape[1:]) for array in rows]
                 row = tuple(x.reshape(shape) for x, shape in zip(row, shapes, strict=True))
-                loss, holds = program({**frozen, **own}, key, randomness, *row)
+                value, holds = loss({**frozen, **own}, keys, randomness, *row)
                 # One scalar each: `clipped_grad` drops an axis of 1 from what has one.
-                return loss, tuple(holds[i] for i in range(holds.shape[0]))
+                return value, tuple(holds[i] for i in range(holds.shape[0]))
 
             transform = None if scaling is None else scaling.transform(second_moments)
             # Half-precision parameters are differentiated through a cast, so that gradients are
@@ -194,7 +188,7 @@ class ClippedSum:
             frozen: Arrays,
             rows: tuple[jax.Array, ...],
             is_padding_example: jax.Array,
-            stream: Stream,
+            streams: tuple[Stream, ...],
             l2_clip_norm: jax.Array,
             second_moments: Arrays,
             randomness: jax.Array,
@@ -202,8 +196,9 @@ class ClippedSum:
             clipped_grad, wide = prepare(
                 trainable, frozen, rows, l2_clip_norm, second_moments, randomness
             )
-            key = stream.key()
-            sums, aux = clipped_grad(wide, key, rows, is_padding_example=is_padding_example)
+            sums, aux = clipped_grad(
+                wide, keys_of(streams), rows, is_padding_example=is_padding_example
+            )
             is_real = ~is_padding_example
             losses = jnp.where(is_real, aux.values, jnp.zeros((), aux.values.dtype))
             count = jnp.sum(is_real).astype(losses.dtype)
@@ -212,6 +207,18 @@ class ClippedSum:
 
         self._prepare = prepare
         return run
+
+
+def keys_of(streams: tuple[Stream, ...]) -> tuple[jax.Array, ...]:
+    """Returns the key of each stream. Call it under jit."""
+    return tuple(stream.key() for stream in streams)
+
+
+def check_messages(messages: Sequence[str], holds: Sequence[jax.Array]) -> None:
+    """Raises IndexError with the messages of what does not hold."""
+    broken = [text for text, holds in zip(messages, holds, strict=True) if not bool(holds)]
+    if broken:
+        raise IndexError("; ".join(broken))
 
 
 def settle(result: Result) -> torch.Tensor:

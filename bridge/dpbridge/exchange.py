@@ -135,6 +135,8 @@ def jax2torch(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         @staticmethod
         def forward(ctx: Any, structure: Any, result: list[Any], *leaves: Any) -> Any:
             ctx.wanted = ctx.needs_input_grad[2:]
+            # Backward may come outside of the caller's context, and from another thread.
+            ctx.is_wide = jax.config.read("jax_enable_x64")
             arrays, ctx.pullback = forward(structure, ctx.wanted, *to_jax(leaves))
             flat, ctx.structure = jax.tree.flatten(arrays)
             ctx.plain = tuple(
@@ -153,8 +155,9 @@ def jax2torch(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         def backward(ctx: Any, *grads: torch.Tensor) -> Any:
             _ = ctx.saved_tensors  # Raises if an input was written to since forward.
             floats = [grad for grad, shape in zip(grads, ctx.plain, strict=True) if shape is None]
-            arrays = iter(backward(ctx.structure, ctx.plain, ctx.pullback, *to_jax(floats)))
-            found = finish([next(arrays) if wanted else None for wanted in ctx.wanted])
+            with jax.enable_x64(ctx.is_wide):
+                arrays = iter(backward(ctx.structure, ctx.plain, ctx.pullback, *to_jax(floats)))
+                found = finish([next(arrays) if wanted else None for wanted in ctx.wanted])
             return (None, None, *found)
 
     @functools.wraps(fn)

@@ -149,7 +149,7 @@ class DpsgdGradientComputer:
         batch = take_apart(args, kwargs, device_of(self._model))
         trainable = self._trainable()
         self._gradient.steps = self._drawn  # Dropout of its own in every batch.
-        loss = self._gradient.add(batch, trainable)
+        loss = self._gradient.add(self._gradient.part_of(batch), trainable)
         with x64():
             sums = self._gradient.take_sums(trainable)
             unit = self.clipping_norm if self.rescale_to_unit_norm else 1.0

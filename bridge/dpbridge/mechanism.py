@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import torch
 
 import dpkernels
 from dpbridge.exchange import to_jax, to_torch
 from dpbridge.streams import Stream, noise_stream
-from dpkernels import BoundedSensitivityCallable, _validate, gaussian_privatizer
+from dpkernels import BoundedSensitivityCallable, ClippedVjp, _validate, gaussian_privatizer
 from dpkernels.execution_plan import DPExecutionPlan
+from dpkernels.execution_plan.performance import PlannedClipping
 from dpkernels.noise_addition import NoiseState
 
 Arrays = dict[str, jax.Array]
@@ -29,6 +31,8 @@ class Mechanism(Protocol):
         expected_batch_size: Mean size of a draw, or None where it is not known.
         has_given_norm: Whether `clipped_grad` clips to the norm that it is given, rather than to
             one of its own.
+        clips_together: Whether the whole gradient of an example is known to be clipped by one
+            factor.
         run: Tells runs apart that have one seed; None where the seed decides the noise.
     """
 
@@ -37,6 +41,9 @@ class Mechanism(Protocol):
 
     @property
     def has_given_norm(self) -> bool: ...  # noqa: D102
+
+    @property
+    def clips_together(self) -> bool: ...  # noqa: D102
 
     @property
     def run(self) -> int | None: ...  # noqa: D102
@@ -57,12 +64,27 @@ class Mechanism(Protocol):
         """
         ...
 
+    def clipped_vjp(self, function: Callable[..., Any]) -> ClippedVjp | None:
+        """Returns the halves of `clipped_grad` of `function(params, key, rows)`.
+
+        Args:
+            function: Returns outputs and an auxiliary value, of one example.
+
+        Returns:
+            None where the sum cannot be had in halves.
+        """
+        ...
+
     def noised(self, sums: Arrays, seed: int, step: int) -> Arrays:
         """Returns what is released at a step. Each step is asked for once, one after another."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what the noise of later steps depends on, seed and step apart."""
+    def state_dict(self, sums: Callable[[], Arrays]) -> dict[str, Any]:
+        """Returns what the noise of later steps depends on, seed and step apart.
+
+        Args:
+            sums: Returns arrays like those that are noised.
+        """
         ...
 
     def read_state(self, state: Mapping[str, Any], sums: Arrays) -> Callable[[], None]:
@@ -87,6 +109,7 @@ class GaussianMechanism:
     microbatch_size: int | None = None
 
     has_given_norm = True
+    clips_together = True
     run = None
 
     @property
@@ -108,6 +131,11 @@ class GaussianMechanism:
             **_ARGUMENTS,
         )
 
+    def clipped_vjp(self, function: Callable[..., Any]) -> ClippedVjp | None:
+        """See `Mechanism`: its norm may be traced, so it cannot."""
+        del function
+        return None
+
     def check_names(self, names: Iterable[str]) -> None:
         """See `Mechanism`: all can."""
 
@@ -121,8 +149,9 @@ class GaussianMechanism:
             np.float64(self.expected_batch_size),
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, sums: Callable[[], Arrays]) -> dict[str, Any]:
         """See `Mechanism`: seed and step decide all of the noise."""
+        del sums
         return {}
 
     def read_state(self, state: Mapping[str, Any], sums: Arrays) -> Callable[[], None]:
@@ -154,6 +183,11 @@ class PlanMechanism:
         self._names: set[str] | None = None
         self._update = jax.jit(plan.noise_addition_transform.update)
 
+    @property
+    def clips_together(self) -> bool:
+        """See `Mechanism`. A plan made by hand may do as it likes."""
+        return isinstance(getattr(self.plan.config, "l2_clip_norm", None), (int, float))
+
     def clipped_grad(
         self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
     ) -> BoundedSensitivityCallable:
@@ -161,6 +195,13 @@ class PlanMechanism:
         del norm
         options = {} if transform is None else {"pre_clipping_transform": transform}
         return self.plan.clipped_grad(loss, **_ARGUMENTS, **options)
+
+    def clipped_vjp(self, function: Callable[..., Any]) -> ClippedVjp | None:
+        """See `Mechanism`."""
+        clipping = self.plan.clipped_grad
+        if not isinstance(clipping, PlannedClipping) or not clipping.has_vjp:
+            return None
+        return clipping.vjp(function, has_aux=True, batch_argnums=2, prng_argnum=1)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises RuntimeError if other parameters are trainable than at the steps before."""
@@ -176,14 +217,18 @@ class PlanMechanism:
         """See `Mechanism`. The plan has its own seed and counts its steps itself."""
         del seed, step
         self.check_names(sums)
-        self._names = set(sums)
-        if self._state is None:
-            self._state = self.plan.noise_addition_transform.init(_zeros_like(sums))
+        self._start(sums)
         noised, self._state = self._update(sums, self._state)
         return dict(noised)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the noise as tensors, or None in its place before the first step."""
+    def state_dict(self, sums: Callable[[], Arrays]) -> dict[str, Any]:
+        """Returns the state of the noise as tensors, or None in its place without parameters.
+
+        Before the first step too: a plan's noise comes from the operating system, and a run that
+        started anew from its first checkpoint would release its steps with other noise.
+        """
+        if self._state is None:
+            self._start(sums())
         if self._state is None:
             return {"run": self.run, "state": None}
         leaves = [_key_data(leaf) for leaf in jax.tree.leaves(self._state)]
@@ -196,14 +241,19 @@ class PlanMechanism:
             ValueError: If it is not that of this plan with parameters of these shapes.
         """
         hint = "Load what DPOptimizer.state_dict returned."
-        run = _validate.integer("noise.run", state.get("run"), hint, minimum=0)
+        try:
+            run = _validate.integer("noise.run", state.get("run"), hint, minimum=0)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
         if "state" in state and state["state"] is None:
             return lambda: self._go_to(run, None, None)
         fresh = self.plan.noise_addition_transform.init(_zeros_like(sums))
         leaves, structure = jax.tree.flatten(fresh)
         kinds = [(_key_data(leaf).shape, _key_data(leaf).dtype) for leaf in leaves]
         saved = state.get("state")
-        arrays = to_jax(list(saved)) if isinstance(saved, (list, tuple)) else []
+        parts = list(saved) if isinstance(saved, (list, tuple)) else []
+        is_whole = all(isinstance(part, torch.Tensor) for part in parts)
+        arrays = to_jax(parts) if is_whole else []
         if [(array.shape, array.dtype) for array in arrays] != kinds:
             raise ValueError(
                 "`state_dict` must hold the noise of this plan for these parameters, got other "
@@ -212,6 +262,12 @@ class PlanMechanism:
         own = [jnp.array(array) for array in arrays]  # The tensors stay the caller's.
         restored = jax.tree.unflatten(structure, map(_like, own, leaves))
         return lambda: self._go_to(run, restored, set(sums))
+
+    def _start(self, sums: Arrays) -> None:
+        """Draws the seed of the noise, if that is still to be done."""
+        if self._state is None and sums:
+            self._state = self.plan.noise_addition_transform.init(_zeros_like(sums))
+            self._names = set(sums)
 
     def _go_to(self, run: int, state: Any, names: set[str] | None) -> None:
         self.run, self._state, self._names = run, state, names

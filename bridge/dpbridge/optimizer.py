@@ -1,9 +1,11 @@
 """`DPOptimizer`: a torch optimizer whose gradients are clipped and noised in JAX."""
 
 import copy
+import functools
 import secrets
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -11,20 +13,46 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dpbridge.batches import take_apart
-from dpbridge.budget import PrivacyBudget
+from dpbridge.budget import PrivacyBudget, needed_delta
+from dpbridge.foreign_gradients import Regularizer
 from dpbridge.ledger import Ledger
 from dpbridge.plan_ledger import PlanLedger
 from dpbridge.plan_loader import PlanLoader
 from dpbridge.private_gradient import PrivateGradient
+from dpbridge.private_loop import REDUCTIONS, PrivateLoop
 from dpbridge.runs import EndlessRun, PlannedRun, check_layers, make_mechanism
 from dpbridge.scaling import ScaledOptimizer
-from dpbridge.trainable import check_model, check_optimizer, check_seed, device_of, names_of
+from dpbridge.trainable import (
+    check_model,
+    check_optimizer,
+    check_processes,
+    check_seed,
+    device_of,
+    is_module_class,
+    names_of,
+)
 from dpkernels import _validate
 from dpkernels.execution_plan import DPExecutionPlan
 from dpkernels.tapped.explain import Explanation
 
 _KEY = "dpbridge"
 _VERSION = 1
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _one_at_a_time(
+    method: Callable[Concatenate["DPOptimizer", _P], _T],
+) -> Callable[Concatenate["DPOptimizer", _P], _T]:
+    """Makes other threads wait: two steps at once would take one place in the noise stream."""
+
+    @functools.wraps(method)
+    def locked(self: "DPOptimizer", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 class DPOptimizer(Optimizer):
@@ -70,8 +98,8 @@ class DPOptimizer(Optimizer):
         TypeError: If an argument has the wrong type, is missing or contradicts `plan`.
         ValueError: If one is out of range, the optimizer holds a parameter that is not the
             model's, or parameters lie on several devices.
-        NotImplementedError: If the model has batch normalisation, or the optimizer needs a
-            closure.
+        NotImplementedError: If the model has batch normalisation, the optimizer needs a closure,
+            or torch.distributed runs several processes.
 
     Guarantees:
         A step adds N(0, (noise_multiplier · l2_clip_norm)²) to each coordinate of the sum of
@@ -124,14 +152,17 @@ class DPOptimizer(Optimizer):
         scaling = None
         if isinstance(optimizer, ScaledOptimizer):
             scaling, optimizer = optimizer, optimizer.base_optimizer
+        check_processes()
         check_optimizer(optimizer)
         check_model(model)
-        if loss_fn is not None and not callable(loss_fn):
+        is_loss = callable(loss_fn) and not is_module_class(loss_fn)
+        if loss_fn is not None and not is_loss:
             raise TypeError(
-                f"`loss_fn` must be callable, got {loss_fn!r}. Pass a loss module or a function."
+                f"`loss_fn` must be callable, got {loss_fn!r}. Pass a loss module or a function: "
+                "nn.CrossEntropyLoss(), with its brackets."
             )
         seed = secrets.randbits(64) if seed is None else check_seed(seed)
-        budget = None if epsilon is None else PrivacyBudget(epsilon, _needed_delta(delta))
+        budget = None if epsilon is None else PrivacyBudget(epsilon, needed_delta(delta))
         self._run: EndlessRun | PlannedRun
         if plan is None:
             hint = "Pass expected_batch_size / len(dataset)."
@@ -146,6 +177,11 @@ class DPOptimizer(Optimizer):
             )
             self._run = EndlessRun(mechanism, sampling_prob, budget)
         else:
+            if not isinstance(plan, DPExecutionPlan):
+                raise TypeError(
+                    f"`plan` must be a DPExecutionPlan, got {type(plan).__name__}. Pass what the "
+                    "`make` of a config returns."
+                )
             _refuse_given(
                 "with a plan",
                 l2_clip_norm=l2_clip_norm,
@@ -156,6 +192,7 @@ class DPOptimizer(Optimizer):
             )
             self._run = PlannedRun(plan, loader, budget)
 
+        self._lock = threading.RLock()  # a closure calls backward within step
         self.base_optimizer = optimizer
         self._names = names_of(model)
         self._gradient = PrivateGradient(
@@ -163,7 +200,8 @@ class DPOptimizer(Optimizer):
         )
         for group in optimizer.param_groups:
             self._check_membership(group["params"])
-        self._released: dict[str, int] = {}
+        self._released: dict[str, tuple[int, int]] = {}
+        self._loop: PrivateLoop | None = None
         if plan is not None:
             check_layers(plan, self._trainable(self._grouped()))
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -238,6 +276,7 @@ class DPOptimizer(Optimizer):
             return getattr(self._run.plan.config, name, None)
         return getattr(self._run if name == "sampling_prob" else self._run.mechanism, name)
 
+    @_one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer.
 
@@ -253,6 +292,7 @@ class DPOptimizer(Optimizer):
         self._check_membership(params)
         self.base_optimizer.add_param_group({**param_group, "params": params})
 
+    @_one_at_a_time
     def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Clips the gradient of every example of a batch and adds them up, in JAX.
 
@@ -275,19 +315,15 @@ class DPOptimizer(Optimizer):
             ValueError: If leaves disagree on the first axis or lie on another device than the
                 parameters, or the loss is not a scalar.
             IndexError: If a label or token is out of range.
-            NotImplementedError: If the model uses an op that cannot be lowered, or autocast or
-                inference mode is on.
+            NotImplementedError: If the model uses an op that cannot be lowered, or inference mode
+                is on.
             RuntimeError: If torch's gradients differ from the compiled program's. After an error
                 all parts of the logical batch are forgotten.
         """
-        if (
-            torch.is_inference_mode_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or (torch.is_autocast_enabled("cuda"))
-        ):
+        if torch.is_inference_mode_enabled():
             raise NotImplementedError(
-                "`backward` must run outside torch.autocast and torch.inference_mode, which JAX "
-                "does not follow. Give the model parameters of the type to compute in."
+                "`backward` must run outside torch.inference_mode, under which torch keeps no "
+                "gradients. Leave it before."
             )
         if self._gradient.loss_fn is not None and not args:
             raise TypeError(
@@ -297,7 +333,7 @@ class DPOptimizer(Optimizer):
         trainable = self._trainable(self._grouped())
         batch = take_apart(args, kwargs, device_of(self._gradient.model))
         self._run.check_part(self._gradient.parts, batch.size)
-        return self._gradient.add(batch, trainable)
+        return self._gradient.add(self._gradient.part_of(batch), trainable)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Says why a step costs what it costs: how each parameter's gradient is clipped.
@@ -318,8 +354,10 @@ class DPOptimizer(Optimizer):
             TypeError, ValueError: As `backward`.
         """
         batch = take_apart(args, kwargs, device_of(self._gradient.model))
-        return self._gradient.explain(batch, self._trainable(self._grouped()))
+        part = self._gradient.part_of(batch)
+        return self._gradient.explain(part, self._trainable(self._grouped()))
 
+    @_one_at_a_time
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Noises the sum, steps the wrapped optimizer with it, and records the event.
 
@@ -338,33 +376,69 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if not self._gradient.is_pending:
+        if not self._is_pending:
             raise RuntimeError(
                 "`step` must follow a call of `backward`, got none since the last step or "
                 "zero_grad. Call backward(x, y) on each batch, on an empty draw too."
             )
         grouped = self._grouped()
         trainable = self._trainable(grouped)
+        if self._loop is not None:
+            self._loop.settle(trainable)
         self._gradient.check_names(trainable)
         self._check_grads(grouped)
+        penalties = {} if self._loop is None else self._loop.foreign.gradients(trainable)
         self._run.check_step(self._gradient.drawn)
-        self._run.record(self._gradient.drawn)
         try:
+            self._run.record(self._gradient.drawn)
             released = self._gradient.release(trainable)
         except BaseException:
             self._run.fail()
             raise
+        for name, grad in penalties.items():
+            released[name] += grad
         for name, parameter in grouped.items():
             # One that was frozen since the last step keeps no gradient, whosever it is.
             parameter.grad = released.get(name)
-        self._released = {name: grad.data_ptr() for name, grad in released.items()}
         self.base_optimizer.step()
+        self._released = {n: (grad.data_ptr(), grad._version) for n, grad in released.items()}
         return result
 
+    @_one_at_a_time
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears `p.grad`, and what `backward` has added up since the last step."""
         self._gradient.discard()
+        if self._loop is not None:
+            self._loop.discard()
         super().zero_grad(set_to_none)
+
+    def take_over_forward(
+        self, *, loss_reduction: str = "mean", regularizer: Regularizer | None = None
+    ) -> None:
+        """Has the model's forward run in JAX, for loops that call it and `loss.backward()`.
+
+        `make_private` does this, and says what it means; `make_public` takes it back.
+
+        Args:
+            loss_reduction: "mean" or "sum": what the loss does over the examples.
+            regularizer: Returns a scalar of the model's weights, or None.
+
+        Raises:
+            ValueError: If there is no plan with a loader, or the model is private already.
+        """
+        _validate.one_of("loss_reduction", loss_reduction, REDUCTIONS)
+        if not isinstance(self._run, PlannedRun) or self._run.loader is None:
+            raise ValueError(
+                "`take_over_forward` must be called with a plan and its loader, got none: which "
+                "rows are one draw, only the loader can say. Pass plan and loader to DPOptimizer."
+            )
+        self._loop = PrivateLoop(
+            self._gradient,
+            self._run,
+            lambda: self._trainable(self._grouped()),
+            loss_reduction=loss_reduction,
+            regularizer=regularizer,
+        )
 
     def epsilon(self, delta: float, *, accountant: str | None = None) -> float:
         """Returns the epsilon spent so far.
@@ -382,6 +456,7 @@ class DPOptimizer(Optimizer):
         """
         return self._run.epsilon(delta, accountant)
 
+    @_one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """Returns the wrapped optimizer's state with the ledger and the noise stream.
 
@@ -392,13 +467,17 @@ class DPOptimizer(Optimizer):
             RuntimeError: Between `backward` and `step`.
         """
         self._refuse_mid_step("state_dict")
+        grouped = self._grouped()
+        trainable = {name: p for name, p in grouped.items() if p.requires_grad}
         own = {
             "version": _VERSION,
             "ledger": self.ledger.state_dict(),
-            "noise": self._gradient.noise_state(),
+            "noise": self._gradient.noise_state(trainable),
+            "parameters": _shapes(grouped),
         }
         return {**self.base_optimizer.state_dict(), _KEY: own}
 
+    @_one_at_a_time
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned.
 
@@ -411,7 +490,7 @@ class DPOptimizer(Optimizer):
             RuntimeError: Between `backward` and `step`.
         """
         self._refuse_mid_step("load_state_dict")
-        own = _checked_state(state_dict.get(_KEY))
+        own = _checked_state(state_dict)
         gradient, noise = self._gradient, own["noise"]
         is_same_run = noise["seed"] == gradient.seed and noise.get("run") == gradient.mechanism.run
         if self.ledger.steps and not is_same_run:
@@ -419,15 +498,23 @@ class DPOptimizer(Optimizer):
                 f"`state_dict` must be of this run, got one of another run with {self.ledger.steps}"
                 " steps made here, which would be forgotten. Load it into a new DPOptimizer."
             )
+        grouped = self._grouped()
+        _check_parameters(own.get("parameters"), _shapes(grouped))
         ledger = copy.copy(self.ledger)
         ledger.load_state_dict(own["ledger"])
-        go_to_saved_noise = gradient.read_noise_state(noise, self._trainable(self._grouped()))
+        if ledger.steps < noise["steps"]:
+            raise ValueError(
+                f"`state_dict` must count every release in its ledger, got {ledger.steps} steps "
+                f"there and noise for {noise['steps']}. The checkpoint is damaged."
+            )
+        go_to_saved_noise = gradient.read_noise_state(noise, self._trainable(grouped))
         rest = {name: value for name, value in state_dict.items() if name != _KEY}
         self.base_optimizer.load_state_dict(rest)
-        if noise["steps"] >= gradient.steps or not is_same_run:
-            go_to_saved_noise()
+        # The ledger first: an interrupt here must not leave noise that was used uncounted.
         if ledger.steps >= self.ledger.steps:
             self.ledger.load_state_dict(own["ledger"])
+        if noise["steps"] >= gradient.steps or not is_same_run:
+            go_to_saved_noise()
 
     # The wrapped optimizer makes and reads the state, so its machinery runs the hooks; they see
     # this optimizer, which they were registered on.
@@ -522,24 +609,46 @@ class DPOptimizer(Optimizer):
     def _check_grads(self, grouped: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in grouped.items():
             grad = parameter.grad
-            if grad is not None and grad.data_ptr() != self._released.get(name):
+            if grad is None or (grad.data_ptr(), grad._version) == self._released.get(name):
+                continue
+            if grad.data_ptr() != self._released.get(name, (0, 0))[0]:
                 raise RuntimeError(
                     f"`{name}.grad` must be left to DPOptimizer, got one from elsewhere. It would "
                     "bypass clipping and noise. Call zero_grad(), and leave out loss.backward()."
                 )
+            if grad.count_nonzero():  # zero_grad(set_to_none=False) is no loss.
+                raise RuntimeError(
+                    f"`{name}.grad` must stay as it is between `backward` and `step`, which puts "
+                    "the noised gradient there, got a write to it. Leave out what clips or scales "
+                    "gradients; it would be lost."
+                )
+
+    @property
+    def _is_pending(self) -> bool:
+        return self._gradient.is_pending or (self._loop is not None and self._loop.is_waiting)
 
     def _refuse_mid_step(self, what: str) -> None:
-        if self._gradient.is_pending:
+        if self._is_pending:
             raise RuntimeError(
                 f"`{what}` must not fall between `backward` and `step`, got a sum that is not "
                 "noised yet. Call step() first."
             )
 
 
-def _checked_state(own: Any) -> dict[str, Any]:
-    """Checks the form of a checkpoint's private part before any of it is used."""
+def _checked_state(state_dict: Any) -> dict[str, Any]:
+    """Returns a checkpoint's private part, after its form was checked."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"`state_dict` must be a dict, got {type(state_dict).__name__}. "
+            "Load what DPOptimizer.state_dict returned."
+        )
+    own = state_dict.get(_KEY)
     parts = {"version", "ledger", "noise"}
-    if not isinstance(own, dict) or set(own) != parts or not isinstance(own["noise"], dict):
+    if (
+        not isinstance(own, dict)
+        or set(own) - {"parameters"} != parts
+        or not isinstance(own["noise"], dict)
+    ):
         raise ValueError(
             f"`state_dict` must hold `{_KEY}` with {', '.join(sorted(parts))}, got {own!r:.80}. "
             "Load what DPOptimizer.state_dict returned: without its ledger no epsilon holds."
@@ -549,12 +658,37 @@ def _checked_state(own: Any) -> dict[str, Any]:
             f"`state_dict` must be of version {_VERSION}, got {own['version']!r}. "
             "Load it with the release that wrote it."
         )
+    missing = {"state", "param_groups"} - set(state_dict)
+    if missing:
+        raise ValueError(
+            f"`state_dict` must hold the wrapped optimizer's {' and '.join(sorted(missing))}, got "
+            "none. Load what DPOptimizer.state_dict returned."
+        )
     hint = "The checkpoint is damaged."
-    steps = _validate.integer("noise.steps", own["noise"].get("steps"), hint, minimum=0)
+    try:
+        steps = _validate.integer("noise.steps", own["noise"].get("steps"), hint, minimum=0)
+        check_seed(own["noise"].get("seed"))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     if steps >= 2**32:
         raise ValueError(f"`noise.steps` must be below 2**32, got {steps}. {hint}")
-    check_seed(own["noise"].get("seed"))
     return own
+
+
+def _shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in parameters.items()}
+
+
+def _check_parameters(saved: Any, here: dict[str, list[int]]) -> None:
+    """Raises ValueError if a checkpoint is of other parameters; one of old may not say."""
+    if saved is None or saved == here:
+        return
+    others = saved if isinstance(saved, dict) else {}
+    changed = [name for name in {**here, **others} if others.get(name) != here.get(name)]
+    raise ValueError(
+        f"`state_dict` must be of parameters of these names and shapes, got a change of "
+        f"{', '.join(map(str, changed))}. Make the model as it was when it was saved."
+    )
 
 
 def _refuse_given(where: str, **arguments: Any) -> None:
@@ -564,11 +698,3 @@ def _refuse_given(where: str, **arguments: Any) -> None:
             f"`{given[0]}` must be left out {where}, got {arguments[given[0]]!r}. "
             "A plan and its loader say how batches are drawn, clipped and noised."
         )
-
-
-def _needed_delta(delta: float | None) -> float:
-    if delta is None:
-        raise TypeError(
-            "`delta` must be given with `epsilon`, got None. Pass one well below 1 / len(dataset)."
-        )
-    return delta

@@ -84,9 +84,8 @@ class PlanLedger:
             RuntimeError: If the plan has no step left.
         """
         self.check()
-        self._steps += 1
-        self._unknown += not self._is_loaded
-        self.draws = draws
+        unknown = self._unknown + (not self._is_loaded)
+        self._steps, self._unknown, self.draws = self._steps + 1, unknown, draws
 
     def epsilon(self, delta: float, accountant: str | None = None) -> float:
         """Returns the epsilon spent so far.
@@ -139,22 +138,29 @@ class PlanLedger:
                 f"`state` must have the keys {sorted(here)}, got {state!r:.80}. "
                 "Load what PlanLedger.state_dict returned."
             )
+        if state["version"] != _VERSION:
+            raise ValueError(
+                f"`state['version']` must be {_VERSION}, got {state['version']!r}. "
+                "Load it with the version of dpbridge that saved it."
+            )
         saved = state["plan"] and config_from_dict(state["plan"])
-        is_same = state["mechanism"] == here["mechanism"] and saved == self._plan.config
-        if state["version"] != _VERSION or not is_same:
+        if state["mechanism"] != here["mechanism"] or saved != self._plan.config:
             raise ValueError(
                 f"`state` must be of this plan, {self._plan.config!r}, got {saved!r}. "
                 "Make the plan from the config that it was saved under."
             )
         hint = "Load an unchanged state_dict."
-        steps = _validate.integer("state['steps']", state["steps"], hint, minimum=0)
+        try:
+            steps = _validate.integer("state['steps']", state["steps"], hint, minimum=0)
+            unknown = state["unknown_steps"]
+            unknown = _validate.integer("state['unknown_steps']", unknown, hint, minimum=0)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
         if steps > self._plan.iterations:
             raise ValueError(
                 f"`state['steps']` must be at most the plan's {self._plan.iterations}, got "
                 f"{steps}. {hint}"
             )
-        unknown = state["unknown_steps"]
-        unknown = _validate.integer("state['unknown_steps']", unknown, hint, minimum=0)
         if unknown > steps or not isinstance(state["draws"], str):
             raise ValueError(f"`state` must be whole, got {unknown} unknown steps. {hint}")
         self._steps, self._unknown, self.draws = steps, unknown, state["draws"]

@@ -13,10 +13,11 @@ from torch import nn
 
 from dpbridge._compat import x64
 from dpbridge.batches import Batch, pad, padded_size
-from dpbridge.clipped_sum import Arrays, ClippedSum, settle
+from dpbridge.clipped_sum import Arrays, settle
 from dpbridge.exchange import finish, to_jax
 from dpbridge.fingerprint import Fingerprint
 from dpbridge.mechanism import Mechanism
+from dpbridge.parts import BatchPart, Part, Summing
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.self_check import check_gradients
 from dpbridge.streams import dropout_stream
@@ -32,7 +33,7 @@ class PrivateGradient:
 
     Attributes:
         model: The module.
-        loss_fn: The loss, or None if the model returns it.
+        loss_fn: The loss that `backward` is given, or None.
         mechanism: What to release.
         seed: Of dropout and, unless a plan has its own, of the noise; below 2**64.
         scaling: How gradients are scaled before they are clipped, or None.
@@ -50,7 +51,7 @@ class PrivateGradient:
     _parts: int = 0
     _drawn: int = 0
     _sums: Arrays | None = None
-    _programs: dict[Hashable, ClippedSum] = field(default_factory=dict)
+    _programs: dict[Hashable, Summing] = field(default_factory=dict)
 
     @property
     def is_pending(self) -> bool:
@@ -71,14 +72,19 @@ class PrivateGradient:
         """Forgets what was added since the last release."""
         self._sums, self._parts, self._drawn = None, 0, 0
 
-    def add(self, batch: Batch, trainable: Tensors) -> torch.Tensor:
+    def part_of(self, batch: Batch) -> BatchPart:
+        """Returns what `add` takes, of a batch that was passed to `backward`."""
+        streams = (dropout_stream(self.seed, self.steps, self._parts),)
+        return BatchPart(self.model, self.loss_fn, batch, streams)
+
+    def add(self, part: Part, trainable: Tensors) -> torch.Tensor:
         """Adds the clipped gradients of a batch to those added since the last release.
 
         Whatever goes wrong, an interrupt included, all that was added before is forgotten too: a
         part that is added again would count twice.
 
         Args:
-            batch: Examples; may be empty.
+            part: Examples; may be none.
             trainable: The parameters to differentiate, by name.
 
         Returns:
@@ -92,40 +98,45 @@ class PrivateGradient:
         """
         try:
             self.check_names(trainable)
-            if batch.size == 0:
+            if part.size == 0:
                 self._parts += 1
-                return torch.zeros((), device=batch.tensors[0].device)
+                return torch.zeros((), device=part.tensors[0].device)
             with x64():
-                sums, loss = self._clip_and_sum(batch, trainable)
+                sums, loss = self._clip_and_sum(part, trainable)
         except BaseException:
             self.discard()
             raise
-        self._sums, self._parts, self._drawn = sums, self._parts + 1, self._drawn + batch.size
+        self._sums, self._parts, self._drawn = sums, self._parts + 1, self._drawn + part.size
         return loss
 
-    def explain(self, batch: Batch, trainable: Tensors) -> Explanation:
+    def explain(self, part: Part, trainable: Tensors) -> Explanation:
         """Says how norm and clipped sum of every parameter are found for such a batch."""
         with x64():
-            program = ClippedSum(
-                self.model, self.loss_fn, batch, trainable, self.mechanism, self.scaling
-            )
+            program = self._make(part, trainable)
             moments = self._second_moments(trainable)
-            return program.explain(trainable, batch.tensors, second_moments=moments)
+            return program.explain(
+                trainable, part.tensors, streams=part.streams, second_moments=moments
+            )
 
-    def _clip_and_sum(self, batch: Batch, trainable: Tensors) -> tuple[Arrays, torch.Tensor]:
-        size = padded_size(batch.size, self.mechanism.expected_batch_size or batch.size)
-        tensors = pad(batch, size)
-        clipped_sum = self._program(batch, trainable, tensors)
+    def _clip_and_sum(self, part: Part, trainable: Tensors) -> tuple[Arrays, torch.Tensor]:
+        size = self.padded_size(part.size)
+        tensors = pad(part.tensors, size)
+        clipped_sum = self._program(part, trainable, tensors)
         result = clipped_sum(
             trainable,
             tensors,
-            np.arange(size) >= batch.size,
-            stream=dropout_stream(self.seed, self.steps, self._parts),
+            np.arange(size) >= part.size,
+            streams=part.streams,
             l2_clip_norm=getattr(self.mechanism, "l2_clip_norm", math.inf),
             second_moments=self._second_moments(trainable),
+            kept=part.kept,
         )
         loss = settle(result)
         return result.sums if self._sums is None else _add(self._sums, result.sums), loss
+
+    def padded_size(self, size: int) -> int:
+        """Returns how many rows a batch of this size is padded to."""
+        return padded_size(size, self.mechanism.expected_batch_size or size)
 
     def release(self, trainable: Tensors) -> dict[str, torch.Tensor]:
         """Returns the noised mean gradient of all that was added, and starts anew.
@@ -169,10 +180,15 @@ class PrivateGradient:
     def _second_moments(self, trainable: Tensors) -> dict[str, torch.Tensor]:
         return {} if self.scaling is None else self.scaling.second_moments(trainable)
 
-    def noise_state(self) -> dict[str, Any]:
-        """Returns what the noise of later steps depends on, in plain types and tensors."""
+    def noise_state(self, trainable: Tensors) -> dict[str, Any]:
+        """Returns what the noise of later steps depends on, in plain types and tensors.
+
+        Args:
+            trainable: The parameters to differentiate, by name.
+        """
         with x64():
-            return {"seed": self.seed, "steps": self.steps, **self.mechanism.state_dict()}
+            own = self.mechanism.state_dict(lambda: _zeros(trainable))
+            return {"seed": self.seed, "steps": self.steps, **own}
 
     def read_noise_state(self, state: Mapping[str, Any], trainable: Tensors) -> Callable[[], None]:
         """Reads a saved place in the noise, and returns what goes there.
@@ -203,28 +219,28 @@ class PrivateGradient:
                 f"change of {changed}. Do so after `step`, or call zero_grad and start anew."
             )
 
+    def _make(self, part: Part, trainable: Tensors) -> Summing:
+        return part.lower(self.model, trainable, self.mechanism, self.scaling)
+
     def _program(
-        self, batch: Batch, trainable: Tensors, tensors: tuple[torch.Tensor, ...]
-    ) -> ClippedSum:
+        self, part: Part, trainable: Tensors, tensors: tuple[torch.Tensor, ...]
+    ) -> Summing:
         """Returns the program for such a batch, lowered and checked if that is still to be done."""
         dtypes = tuple((name, parameter.dtype) for name, parameter in trainable.items())
-        kind, size = (batch.signature, dtypes), tensors[0].shape[0]
+        kind, size = (type(part), part.kind, dtypes), tensors[0].shape[0]
         program = self._programs.get((kind, self._fingerprint().key))
         if program is None:
-            program = ClippedSum(
-                self.model, self.loss_fn, batch, trainable, self.mechanism, self.scaling
-            )
+            program = self._make(part, trainable)
         if size not in program.ready_sizes:
             if self.self_check:
                 check_gradients(
                     program,
-                    self.model,
-                    self.loss_fn,
-                    batch,
+                    part,
                     tensors,
                     trainable,
                     scaling=self.scaling,
                     is_clipped=not self.mechanism.has_given_norm,
+                    clips_together=self.mechanism.clips_together,
                 )
             program.ready_sizes.add(size)
             # Filed under what the model is now: one that counts its own calls has changed since

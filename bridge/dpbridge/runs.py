@@ -197,6 +197,13 @@ class PlannedRun:
                 "`microbatch_size` in PerformanceFlags, or `accumulation_steps` of the loader."
             )
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Of which draw, and which part of it, the batch is that the loader yielded last."""
+        return (
+            (0, 0) if self.loader is None else (self.loader.draws_begun, self.loader.parts_yielded)
+        )
+
     def check_step(self, drawn: int) -> None:
         """See `Run`."""
         self._check_state()

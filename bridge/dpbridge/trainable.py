@@ -75,6 +75,23 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, str]:
     return {p: name for name, p in model.named_parameters()}
 
 
+def check_processes() -> None:
+    """Raises if this is one of several processes, each of which would keep a ledger of its own."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    size = torch.distributed.get_world_size()
+    if size > 1:
+        raise NotImplementedError(
+            f"A private run must be in one process, got torch.distributed with {size}; several are "
+            "not supported yet, and each would release and count by itself. Start one process."
+        )
+
+
+def is_module_class(value: Any) -> bool:
+    """Whether this is a class of modules, where one of its modules was meant."""
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
 def check_seed(seed: Any) -> int:
     """Returns the seed if it is an integer of at most 64 bits."""
     seed = _validate.integer("seed", seed, _SEED_HINT, minimum=0)

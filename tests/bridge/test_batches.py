@@ -48,7 +48,7 @@ def test_parts_of_a_large_batch_are_padded_by_a_quarter_at_most(size):
 def test_pad_repeats_the_last_row():
     x = torch.arange(6.0).reshape(3, 2)
     batch = take_apart((x, torch.arange(3)), {}, torch.device("cpu"))
-    rows, labels = pad(batch, 5)
+    rows, labels = pad(batch.tensors, 5)
     assert torch.equal(rows, x[[0, 1, 2, 2, 2]])
     assert labels.tolist() == [0, 1, 2, 2, 2]
 
@@ -56,7 +56,7 @@ def test_pad_repeats_the_last_row():
 def test_pad_copies_nothing_when_the_size_fits():
     x = torch.zeros(3, 2)
     batch = take_apart((x,), {}, torch.device("cpu"))
-    assert pad(batch, 3)[0] is x
+    assert pad(batch.tensors, 3)[0] is x
 
 
 def test_take_apart_and_rebuild_are_inverse():

@@ -135,10 +135,11 @@ def test_parameters_that_cannot_be_trained_are_found():
     assert found(check_layer(several)) == [("devices", "0.bias (cpu), 1.bias (meta)")]
 
 
-def test_autocast_is_found():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        report = check_layer(nn.Linear(4, 4))
-    assert found(report) == [("torch.autocast", "")]
+def test_inference_mode_is_found():
+    layer = nn.Linear(4, 4)
+    with torch.inference_mode():
+        report = check_layer(layer)
+    assert found(report) == [("torch.inference_mode", "")]
 
 
 # State
@@ -236,6 +237,24 @@ def test_a_use_of_an_op_that_its_rule_refuses_is_found():
     assert [what for what, _ in found(report)] == ["aten.batch_norm.default"]
     assert report.findings[0].why.endswith("batch normalisation mixes examples")
     assert report.findings[0].replacement == "Use nn.GroupNorm."
+
+
+def test_a_batch_norm_of_weights_is_no_finding_beside_one_of_examples():
+    def norm(x):
+        return functional.batch_norm(x[None], None, None, training=True)[0]
+
+    def forward(module, x):
+        with torch.no_grad():
+            scale = norm(module.linear.weight).mean()
+        y = x @ norm(module.linear.weight) * scale
+        return torch.special.bessel_j0(y) + norm(y.expand(4, -1)).mean()
+
+    report = check_layer(Forward(forward))
+    assert [what for what, _ in found(report)] == [
+        "aten.special_bessel_j0.default",
+        "aten.batch_norm.default",
+    ]
+    assert "norm(y" in report.findings[1].where or "in norm" in report.findings[1].where
 
 
 def test_a_shape_that_depends_on_data_is_found_and_what_is_behind_it():

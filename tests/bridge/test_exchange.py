@@ -336,3 +336,11 @@ def test_exchange_works_on_a_side_stream():
             y = double(x)
             x.zero_()
             assert y.sum().item() == 2.0 * i * 4e6
+
+
+def test_jax2torch_goes_back_as_wide_as_it_came():
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    with jax.enable_x64(True):
+        total = jax2torch(lambda x: jnp.sum(x**3))(x)
+    total.backward()
+    assert x.grad.tolist() == [3.0, 12.0]

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -63,6 +64,12 @@ VIT = {
     "intermediate_size": 16,
     "image_size": 8,
     "patch_size": 4,
+}
+MAE = {
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_hidden_size": 8,
+    "decoder_intermediate_size": 16,
 }
 
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -210,14 +217,49 @@ def test_the_example_whose_label_is_out_of_range_is_found():
     assert held.all(axis=1).tolist() == [True, False, True]
 
 
-def test_paths_dropped_at_random_are_refused_by_name():
+@pytest.mark.slow
+def test_paths_dropped_at_random_differ_between_equal_examples():
     config = transformers.ConvNextConfig(
         hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, patch_size=2, image_size=8,
         drop_path_rate=0.5,
     )  # fmt: skip
-    model = transformers.ConvNextForImageClassification(config)
-    with pytest.raises(NotImplementedError, match=r"aten\.rand\.default.* has no lowering rule"):
-        run_program(model.train(), None, (), make_batch("vit"))
+    model = spread(transformers.ConvNextForImageClassification(config)).train()
+    batch = {key: leaf[-1:].expand_as(leaf).clone() for key, leaf in make_batch("vit").items()}
+    losses = [
+        run_program(model, None, (), batch, randomness=True, seed=seed)[0] for seed in range(4)
+    ]
+    # Each path is kept or not: of 12 examples, all would be alike with a probability of 2**-11.
+    assert len(set(np.concatenate(losses).tolist())) > 1
+    assert_model_matches(model, None, (), make_batch("vit"))
+
+
+@pytest.mark.slow
+def test_patches_masked_at_random_equal_torch_where_draws_are_fixed():
+    model = spread(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**VIT, **MAE)))
+    assert_model_matches(model.train(), None, (), {"pixel_values": torch.randn(BATCH, 3, 8, 8)})
+
+
+MIXTRAL = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def mixtral(experts):
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MIXTRAL))
+    model.set_experts_implementation(experts)
+    return spread(model).train()
+
+
+@pytest.mark.slow
+def test_experts_in_batched_products_equal_torch():
+    assert_model_matches(mixtral("batched_mm"), None, (), make_batch("llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experts", "text"), [("eager", "must not branch on values"), ("grouped_mm", r"aten\.histc")]
+)
+def test_experts_in_other_products_are_refused_by_name(experts, text):
+    with pytest.raises(NotImplementedError, match=text):
+        run_program(mixtral(experts), None, (), make_batch("llama"))
 
 
 def test_batch_norm_is_refused_by_name():
@@ -372,7 +414,7 @@ def explained(model, batch):
 
         def loss(parameters, rows):
             named = {**arrays, **constants, **parameters}
-            return program(named, jax.random.key(0), jnp.array(False), *rows)[0]
+            return program(named, jax.random.key(0), jnp.array(False), *rows)[0][0]
 
         rows = tuple(map(to_jax, jax.tree.leaves(batch)))
         return dpkernels.clipped_grad(loss, l2_clip_norm=1.0).explain(trainable, rows)
