@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -27,14 +28,35 @@ import dpbridge
 DELTA = 1e-4  # Below 1 / 1437, the size of the training set.
 
 
-def load_data() -> tuple[TensorDataset, TensorDataset]:
-    """Returns 1437 training and 360 test images of 8 by 8 pixels, in [0, 2]."""
+def load_data(model: str) -> tuple[TensorDataset, TensorDataset]:
+    """Returns 1437 training and 360 test images of 8 by 8 pixels, in [0, 2].
+
+    The MLP sees their edges instead: 4 maps of 4 by 4 cells.
+    """
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8
+    if model == "mlp":
+        images = edges(images)
     labels = torch.tensor(digits.target)
     split = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
     x_train, x_test, y_train, y_test = split
     return TensorDataset(x_train, y_train), TensorDataset(x_test, y_test)
+
+
+def edges(images: torch.Tensor) -> torch.Tensor:
+    """Returns how strong the edges of four directions are in each cell of 2 by 2 pixels.
+
+    Fixed in advance and applied to each image by itself, this costs no privacy. What a small
+    network would have to learn through the noise is given to it instead (Tramer and Boneh 2021).
+    """
+    padded = F.pad(images, (1, 1, 1, 1))  # (images, 1, 10, 10)
+    dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+    dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+    strength = torch.hypot(dx, dy).clamp(min=1e-6)
+    # The doubled angle: an edge from dark to bright counts as one from bright to dark.
+    straight, diagonal = (dx**2 - dy**2) / strength, 2 * dx * dy / strength
+    maps = torch.cat([straight, -straight, diagonal, -diagonal], dim=1).relu()
+    return F.avg_pool2d(maps, 2)  # (images, 4, 4, 4)
 
 
 def make_cnn() -> nn.Module:
@@ -51,7 +73,7 @@ def make_cnn() -> nn.Module:
 
 
 def make_mlp() -> nn.Module:
-    """One hidden layer of 64, on images that are standardised each by itself."""
+    """One hidden layer of 64, on edges that are standardised image by image."""
     return nn.Sequential(
         nn.Flatten(),
         nn.LayerNorm(64, elementwise_affine=False),
@@ -62,6 +84,10 @@ def make_mlp() -> nn.Module:
 
 
 MODELS = {"cnn": make_cnn, "mlp": make_mlp}
+SETTINGS = {
+    "cnn": {"batch_size": 256, "lr": 0.7, "l2_clip_norm": 0.25},
+    "mlp": {"batch_size": 512, "lr": 0.4, "l2_clip_norm": 0.3},
+}
 
 
 @dataclass
@@ -76,7 +102,7 @@ class History:
 def train(args: argparse.Namespace, seed: int) -> tuple[float, float, History]:
     """Trains once; returns test accuracy, epsilon spent and the way there."""
     torch.manual_seed(seed)
-    train_data, test_data = load_data()
+    train_data, test_data = load_data(args.model)
     sampling_prob = args.batch_size / len(train_data)
     noise_multiplier = dpbridge.accounting.calibrate_noise_multiplier(
         epsilon=args.epsilon, delta=DELTA, sampling_prob=sampling_prob, steps=args.steps
@@ -149,15 +175,16 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=8.0, help="target epsilon, such as 3 or 8")
     parser.add_argument("--model", choices=sorted(MODELS), default="cnn")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=256, help="expected size of a draw")
-    parser.add_argument("--lr", type=float, default=0.7)
-    parser.add_argument("--l2-clip-norm", type=float, default=0.25)
+    parser.add_argument("--batch-size", type=int, help="expected size of a draw")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--l2-clip-norm", type=float)
     parser.add_argument("--averaging", type=float, default=0.95, help="decay of the average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1, help="seeds to run, for a mean")
     parser.add_argument("--report-every", type=int, default=25)
     parser.add_argument("--plot", type=Path, help="where to put a picture of the (last) run")
     parser.add_argument("--floor", type=float, default=0.94, help="accuracy to be reached")
+    parser.set_defaults(**SETTINGS[parser.parse_known_args()[0].model])
     args = parser.parse_args()
 
     runs = [train(args, seed) for seed in range(args.seed, args.seed + args.repeats)]
