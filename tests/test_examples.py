@@ -11,8 +11,10 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = {
-    "digits.py": ["--steps", "25", "--batch-size", "64", "--report-every", "15", "--floor", "0.6"],
     # Every draw is the whole set, so that there is one size, and one program to compile.
+    "digits.py": [
+        *("--steps", "15", "--batch-size", "1437", "--report-every", "10", "--floor", "0.4"),
+    ],
     "flax_model.py": ["--steps", "15", "--batch-size", "1437", "--floor", "0.4"],
     "lightning_digits.py": ["--short"],
     "unchanged_loop.py": ["--epochs", "6", "--batch-size", "1437", "--floor", "0.4"],

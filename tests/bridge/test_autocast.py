@@ -382,6 +382,7 @@ def test_wrong_gradient_under_autocast_is_found():
         optimizer.backward(torch.randn(BATCH, 8), torch.zeros(BATCH, 4))
 
 
+@pytest.mark.slow
 def test_check_says_what_training_under_autocast_does():
     model, x = MODELS["mlp"]()
     with half():

@@ -350,6 +350,7 @@ def test_frozen_parameters_stay_and_cost_nothing():
     assert "first" not in names
 
 
+@pytest.mark.slow
 def test_private_training_learns_and_states_an_epsilon():
     x = torch.randn(200, FEATURES)
     y = (x[:, 0] > 0).long()
@@ -445,6 +446,7 @@ def shares():
     return found
 
 
+@pytest.mark.slow
 def test_each_example_has_a_key_of_its_own():
     # With one key for all, each share would be 0 or 1. By Hoeffding's inequality one of these 32
     # is off by 0.4 with a probability below 32 * 2 * exp(-2 * 64 * 0.4**2) = 9e-8.

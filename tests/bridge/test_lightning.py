@@ -419,6 +419,7 @@ def test_argument_that_makes_no_sense_is_refused_at_once(arguments, error, text)
 # What is spent
 
 
+@pytest.mark.slow
 def test_epsilon_is_in_the_progress_bar_and_the_logger(tmp_path):
     module, privacy = Net(), private(delta=1e-3)
     trainer = fit(module, privacy, logger=CSVLogger(tmp_path), log_every_n_steps=2)
@@ -453,6 +454,7 @@ def test_training_stops_at_the_budget(options):
     assert privacy.epsilon() == pytest.approx(epsilon_of(3))
 
 
+@pytest.mark.slow
 def test_run_that_is_resumed_at_its_budget_makes_no_step(tmp_path):
     def privacy():
         return private(epsilon=epsilon_of(3) * 1.001, delta=1e-3)
@@ -739,6 +741,7 @@ def test_true_precisions_are_followed(precision, dtype):
 
 
 @pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_accumulated_batches_are_one_draw_clipped_and_scaled_as_one(reduction):
     """Half a batch, twice, and the loss that Lightning divides by 2."""
 

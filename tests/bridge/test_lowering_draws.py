@@ -438,6 +438,7 @@ def test_self_check_finds_a_wrong_gradient_of_a_deviation():
         train_once(forward)
 
 
+@pytest.mark.slow
 def test_check_lets_a_model_pass_that_draws():
     report = check(Drawing(MODELS["paths as in floored"]), *batch(), loss_fn=nn.MSELoss())
     assert report.ok

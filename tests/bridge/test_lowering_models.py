@@ -352,6 +352,7 @@ def test_model_in_training_draws_other_masks_for_equal_examples(name):
     assert len(set(losses.tolist())) == BATCH
 
 
+@pytest.mark.slow
 def test_model_in_training_equals_torch_without_randomness():
     model, loss_fn, args = MODELS["gpt"]()
     expected, _, _ = run_program(model.eval(), loss_fn, args)

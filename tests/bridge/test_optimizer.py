@@ -614,6 +614,7 @@ def test_backward_takes_the_loss_from_the_model(wrap):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.slow
 def test_other_precisions_train_and_get_gradients_of_their_own(dtype):
     model = make_model().to(dtype)
     optimizer = make_optimizer(model, plain(model), noise_multiplier=0.0)
@@ -625,6 +626,7 @@ def test_other_precisions_train_and_get_gradients_of_their_own(dtype):
     oracles.assert_close(grads, expected, rtol=1e-12 if dtype == torch.float64 else 2e-2)
 
 
+@pytest.mark.slow
 def test_dropout_trains_with_fresh_masks():
     model = nn.Sequential(nn.Linear(FEATURES, 64), nn.Dropout(0.5), nn.Linear(64, CLASSES))
     optimizer = make_optimizer(model, plain(model), noise_multiplier=0.0)
@@ -658,6 +660,7 @@ class Scaled(nn.Module):
         lambda m: setattr(m, "offset", torch.tensor([1.0, 2.0, -1.0])),
     ],
 )
+@pytest.mark.slow
 def test_a_setting_or_buffer_changed_between_steps_is_seen(change):
     model = Scaled()
     optimizer = make_optimizer(model)
@@ -844,6 +847,7 @@ def test_data_parallel_is_refused():
         make_optimizer(nn.DataParallel(model), plain(model))
 
 
+@pytest.mark.slow
 def test_layers_added_later_can_be_trained():
     model = make_model()
     optimizer = make_optimizer(model)

@@ -216,6 +216,7 @@ def test_self_check_of_both_halves_finds_a_wrong_gradient():
     assert optimizer.ledger.steps == 0
 
 
+@pytest.mark.slow
 def test_two_losses_of_a_batch_are_clipped_together():
     def loss_of(model, x, y):
         return F.cross_entropy(model(x), y) + model(x + 1).square().mean()
@@ -329,6 +330,7 @@ def test_microbatches_change_nothing():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_parts_of_a_draw_are_one_step():
     config = dpbridge.DPConfig(
         epsilon=50.0,

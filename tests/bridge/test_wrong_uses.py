@@ -688,6 +688,7 @@ class Mean(nn.Linear):
         return super().forward(x.mean(1))
 
 
+@pytest.mark.slow
 def test_shapes_may_change_between_steps():
     x, y = make_data()[:BATCH]
     optimizer = make_endless(model=Mean(5, 3))

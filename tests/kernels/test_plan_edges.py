@@ -233,6 +233,7 @@ def test_a_strategy_may_grow_for_as_long_as_there_are_few_steps():
     assert banded_config((1.0, 1.2), iterations=50).num_bands == 2
 
 
+@pytest.mark.slow
 def test_growth_is_that_of_the_noise():
     # Rows of the inverse of (1, -1) are all ones: after 300 steps sqrt(300) times the first.
     zeros = jnp.zeros(20_000)

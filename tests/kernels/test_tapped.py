@@ -195,6 +195,7 @@ def test_explain_refuses_what_is_materialised(options):
         function.explain(TWO_LAYERS, normal(BATCH, 5))
 
 
+@pytest.mark.slow
 def test_transforms_form_gradients_in_microbatches(monkeypatch):
     params = {"first": normal(40, 50), "bias": normal(50), "second": normal(50, 3)}
     monkeypatch.setattr(dpkernels.clipping, "_MATERIALIZED_AT_ONCE", 4 * 2 * 40 * 60)

@@ -146,6 +146,7 @@ def test_neighbours_move_a_step_by_no_more_than_the_clip_norm():
     assert np.linalg.norm(moved) > 0
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     plan = make_plan(2, sampling_prob=0.2)
     states = [run(plan, loss_fn=noisy_loss, padding_multiple=multiple) for multiple in (1, 5, 24)]
@@ -200,6 +201,7 @@ def test_a_plan_without_privacy_trains():
     np.testing.assert_allclose(flat(state.params), params, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_correlated_noise_is_carried_from_step_to_step():
     config = BandMFConfig(
         iterations=4, expected_participations=1e-9, strategy=(1.0, 0.5), noise_multiplier=1.0
