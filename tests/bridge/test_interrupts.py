@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import dpbridge
 from dpbridge import DPOptimizer, PlanLoader, make_private
 from dpkernels.execution_plan import DPSGDConfig
+
+
+@pytest.fixture(autouse=True)
+def _types_as_before():
+    """An interrupt may fall where JAX's 64-bit types are turned off again."""
+    with jax.enable_x64(False):
+        yield
+
 
 FEATURES, EXAMPLES = 3, 12
 PACKAGE = str(Path(dpbridge.__file__).parent)

@@ -751,6 +751,7 @@ def test_a_loss_may_close_over_a_tensor():
     torch.testing.assert_close(optimizer.backward(x, y), expected)
 
 
+@pytest.mark.slow
 def test_programs_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(dpbridge.private_gradient, "_MOST_PROGRAMS", 2)
     model = Scaled()

@@ -209,6 +209,7 @@ def test_delta_of_one_fixed_batch_is_that_of_the_worst_dataset(sampled, epsilon)
     "others", list(itertools.combinations_with_replacement([-1.0, 0.0, 1.0], 2))
 )
 @pytest.mark.parametrize(("batch_size", "epsilon"), [(9, 0.05), (3, 0.5)])
+@pytest.mark.slow
 def test_delta_of_two_fixed_batches_covers_datasets_that_change_between(
     others, batch_size, epsilon
 ):

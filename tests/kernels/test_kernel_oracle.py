@@ -30,11 +30,11 @@ def result(name, strategy):
     return clipped_sum(name, strategy)(*MODELS[name].args)
 
 
-# By default every third of those that have no near relative: to compile all takes a minute.
+# By default two in three of those that have no near relative: to compile them takes a minute.
 QUICK = {
     name
     for index, name in enumerate(name for name, model in MODELS.items() if not model.slow)
-    if index % 3 == 0
+    if index % 3 != 2
 }
 
 

@@ -245,6 +245,7 @@ def test_two_look_ups_one_of_them_transposed():
     ],
     ids=["no features out", "no rows", "no features in", "no turns"],
 )
+@pytest.mark.slow
 def test_parts_of_no_size(loss, shapes):
     params = {name: normal(*shape) for name, shape in shapes.items()}
     assert_same(loss, params, normal(4, 2, 3))
