@@ -64,7 +64,7 @@ class _Step:
 def _hollow_out(step: _Step) -> tuple[Any, Callable[[], None]]:
     """Replaces the program of a step by its result; returns that, and the program alone."""
     step.run()
-    (program,) = step.optimizer._gradient._programs.values()
+    (program,) = step.optimizer._gradient._programs
     run, calls = program._run, []
 
     def record(*args: Any) -> Any:

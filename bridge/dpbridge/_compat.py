@@ -9,13 +9,13 @@ import torch
 _PRECISIONS = {"highest": "highest", "high": "tensorfloat32", "medium": "bfloat16"}
 
 
-def x64() -> AbstractContextManager[None]:
-    """Returns a context in which JAX keeps 64-bit types.
+def x64(is_on: bool = True) -> AbstractContextManager[None]:
+    """Returns a context in which JAX keeps 64-bit types, or does not.
 
     The bridge traces and runs under it, so that an int64 label or a float64 parameter is in JAX
     what it is in torch, whatever the process-wide setting.
     """
-    return jax.enable_x64(True)
+    return jax.enable_x64(is_on)
 
 
 def matmul_precision() -> AbstractContextManager[None]:

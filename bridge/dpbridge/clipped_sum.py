@@ -16,6 +16,7 @@ from dpbridge.fingerprint import Fingerprint
 from dpbridge.mechanism import Mechanism
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.streams import Stream
+from dpbridge.trainable import check_parameters
 from dpkernels import BoundedSensitivityCallable
 from dpkernels.tapped.explain import Explanation
 from dpkernels.tree_clipping import widest
@@ -67,13 +68,7 @@ class ClippedSum:
         scaling: ScaledOptimizer | None = None,
     ) -> None:
         self.loss = loss
-        parameters = dict(model.named_parameters())
-        for name, parameter in trainable.items():
-            if parameters.get(name) is not parameter:
-                raise ValueError(
-                    f"`{name}` must be the parameter that the optimizer holds, got another one in "
-                    "the model. Make a new optimizer after replacing parameters."
-                )
+        check_parameters(model, trainable)
         self._frozen = {n: x for n, x in loss.tensors.items() if n not in trainable}
         self._run = jax.jit(self._make(mechanism, scaling))
         self.ready_sizes: set[int] = set()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from dpbridge._compat import x64
 from dpbridge.dtypes import to_jax_dtype
 
 PyTree = Any
@@ -155,7 +156,7 @@ def jax2torch(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         def backward(ctx: Any, *grads: torch.Tensor) -> Any:
             _ = ctx.saved_tensors  # Raises if an input was written to since forward.
             floats = [grad for grad, shape in zip(grads, ctx.plain, strict=True) if shape is None]
-            with jax.enable_x64(ctx.is_wide):
+            with x64(ctx.is_wide):
                 arrays = iter(backward(ctx.structure, ctx.plain, ctx.pullback, *to_jax(floats)))
                 found = finish([next(arrays) if wanted else None for wanted in ctx.wanted])
             return (None, None, *found)

@@ -24,7 +24,6 @@ from dpbridge.mechanism import Mechanism
 from dpbridge.parts import Summing
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.streams import Stream
-from dpkernels.tapped.explain import Explanation
 from dpkernels.tree_clipping import widest
 
 Used = tuple[int, ...]
@@ -150,31 +149,18 @@ class SplitSum:
     ) -> Result:
         """See `Summing`."""
         del l2_clip_norm, second_moments  # The plan has a norm of its own.
-        arrays = to_jax(tuple(tensors))
         count = self._program.structure.num_tensors
         if kept is None:
-            weights = to_jax({**self._program.tensors, **trainable})
             _, kept = self._program(
-                weights,
-                arrays[:count],
+                to_jax({**self._program.tensors, **trainable}),
+                to_jax(tuple(tensors[:count])),
                 is_padding_example,
                 stream=streams[0],
                 randomness=randomness,
             )
-        cotangents = dict(zip(self._used, arrays[count:], strict=True))
+        cotangents = dict(zip(self._used, to_jax(tuple(tensors[count:])), strict=True))
         sums = self._program.clipped_sum(kept, cotangents, is_padding_example)
         return Result(sums, jnp.zeros(()), ())
-
-    def explain(
-        self,
-        trainable: Tensors,
-        tensors: Sequence[torch.Tensor],
-        *,
-        streams: tuple[Stream, ...],
-        second_moments: Tensors | None = None,
-    ) -> Explanation:
-        """Refuses: what there is to say depends on forward, which was before."""
-        raise NotImplementedError("Ask `DPOptimizer.explain`, which is given the whole batch.")
 
 
 @dataclass(frozen=True, eq=False)

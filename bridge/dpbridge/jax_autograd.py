@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from dpbridge._compat import matmul_precision
+from dpbridge._compat import matmul_precision, x64
 from dpbridge.dtypes import to_jax_dtype
 from dpbridge.exchange import finish, to_jax
 from dpbridge.lowering.jax_call import JaxCall, needs_wide
@@ -102,7 +102,7 @@ class _Autograd(torch.autograd.Function):
         ctx: Any, torch_call: TorchCall, key: Any, wanted: Any, result: Any, *xs: Any
     ) -> Any:
         ctx.wide = needs_wide(to_jax_dtype(x.dtype) for x in xs)
-        with jax.enable_x64(ctx.wide), matmul_precision():
+        with x64(ctx.wide), matmul_precision():
             own = xs if ctx.wide else [_narrowed(x) for x in xs]
             arrays, ctx.pullback = torch_call.forward(wanted, key, own)
         flat, structure = jax.tree.flatten(arrays)
@@ -123,7 +123,7 @@ class _Autograd(torch.autograd.Function):
         _, shapes = ctx.plain
         floats = [grad for grad, shape in zip(grads, shapes, strict=True) if shape is None]
         # Autograd may be in another thread, which does not know forward's settings.
-        with jax.enable_x64(ctx.wide), matmul_precision():
+        with x64(ctx.wide), matmul_precision():
             arrays = iter(ctx.torch_call.backward(ctx.pullback, ctx.plain, floats))
         found = finish([next(arrays) if wanted else None for wanted in ctx.wanted])
         return (None, None, None, None, *found)

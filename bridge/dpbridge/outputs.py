@@ -109,17 +109,17 @@ def find_layout(call: Callable[..., Any], batch: Batch, *owners: Any) -> Layout:
     """
     with torch.no_grad(), untouched(*owners, has_tensors=False):
         two, three = (_call_on(call, batch, count) for count in (2, 3))
-    pairs = list(zip(tensors_in(two), tensors_in(three), strict=False))
-    if len(tensors_in(two)) != len(tensors_in(three)):
+    of_two, of_three = tensors_in(two), tensors_in(three)
+    if len(of_two) != len(of_three):
         raise NotImplementedError(
             "The model must return as many tensors for each batch, got "
-            f"{len(tensors_in(two))} for two examples and {len(tensors_in(three))} for three. "
+            f"{len(of_two)} for two examples and {len(of_three)} for three. "
             "Return one tensor with a row an example."
         )
-    axes = tuple(_axis(index, a, b) for index, (a, b) in enumerate(pairs))
+    axes = tuple(map(_axis, range(len(of_two)), of_two, of_three))
     empty = tuple(
         a.new_empty([0 if i == (axis or 0) else n for i, n in enumerate(a.shape or (0,))])
-        for (a, _), axis in zip(pairs, axes, strict=True)
+        for a, axis in zip(of_two, axes, strict=True)
     )
     return Layout(map_tensors(two, lambda tensor: tensor.new_empty(0)), axes, empty)
 

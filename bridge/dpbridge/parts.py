@@ -16,7 +16,6 @@ from dpbridge.lowering import autocast
 from dpbridge.mechanism import Mechanism
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.streams import Stream
-from dpkernels.tapped.explain import Explanation
 
 
 class Summing(Protocol):
@@ -58,17 +57,6 @@ class Summing(Protocol):
             randomness: Likewise.
             kept: What forward has left for this batch; None runs it.
         """
-        ...
-
-    def explain(
-        self,
-        trainable: Tensors,
-        tensors: Sequence[torch.Tensor],
-        *,
-        streams: tuple[Stream, ...],
-        second_moments: Tensors | None = None,
-    ) -> Explanation:
-        """See `ClippedSum`."""
         ...
 
 
@@ -159,7 +147,7 @@ class BatchPart:
         trainable: Tensors,
         mechanism: Mechanism,
         scaling: ScaledOptimizer | None,
-    ) -> Summing:
+    ) -> ClippedSum:
         """See `Part`."""
         loss = LoweredLoss.of(self.model, self.loss_fn, self.batch)
         return ClippedSum(loss, model, trainable, mechanism, scaling)

@@ -1,7 +1,7 @@
 """The private half of a step: clip and sum in JAX, noise once, and only then back to torch."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,9 @@ from dpbridge._compat import x64
 from dpbridge.batches import Batch, pad, padded_size
 from dpbridge.clipped_sum import Arrays, settle
 from dpbridge.exchange import finish, to_jax
-from dpbridge.fingerprint import Fingerprint
 from dpbridge.mechanism import Mechanism
 from dpbridge.parts import BatchPart, Part, Summing
+from dpbridge.programs import Programs
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.self_check import check_gradients
 from dpbridge.streams import dropout_stream
@@ -51,7 +51,10 @@ class PrivateGradient:
     _parts: int = 0
     _drawn: int = 0
     _sums: Arrays | None = None
-    _programs: dict[Hashable, Summing] = field(default_factory=dict)
+    _programs: Programs[Summing] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._programs = Programs(self.model, self.loss_fn)
 
     @property
     def is_pending(self) -> bool:
@@ -109,10 +112,10 @@ class PrivateGradient:
         self._sums, self._parts, self._drawn = sums, self._parts + 1, self._drawn + part.size
         return loss
 
-    def explain(self, part: Part, trainable: Tensors) -> Explanation:
+    def explain(self, part: BatchPart, trainable: Tensors) -> Explanation:
         """Says how norm and clipped sum of every parameter are found for such a batch."""
         with x64():
-            program = self._make(part, trainable)
+            program = part.lower(self.model, trainable, self.mechanism, self.scaling)
             moments = self._second_moments(trainable)
             return program.explain(
                 trainable, part.tensors, streams=part.streams, second_moments=moments
@@ -219,18 +222,15 @@ class PrivateGradient:
                 f"change of {changed}. Do so after `step`, or call zero_grad and start anew."
             )
 
-    def _make(self, part: Part, trainable: Tensors) -> Summing:
-        return part.lower(self.model, trainable, self.mechanism, self.scaling)
-
     def _program(
         self, part: Part, trainable: Tensors, tensors: tuple[torch.Tensor, ...]
     ) -> Summing:
         """Returns the program for such a batch, lowered and checked if that is still to be done."""
         dtypes = tuple((name, parameter.dtype) for name, parameter in trainable.items())
         kind, size = (type(part), part.kind, dtypes), tensors[0].shape[0]
-        program = self._programs.get((kind, self._fingerprint().key))
+        program = self._programs.find(kind)
         if program is None:
-            program = self._make(part, trainable)
+            program = part.lower(self.model, trainable, self.mechanism, self.scaling)
         if size not in program.ready_sizes:
             if self.self_check:
                 check_gradients(
@@ -243,19 +243,8 @@ class PrivateGradient:
                     clips_together=self.mechanism.clips_together,
                 )
             program.ready_sizes.add(size)
-            # Filed under what the model is now: one that counts its own calls has changed since
-            # the look-up, and would otherwise be lowered anew at every step.
-            program.fingerprint = self._fingerprint()
-            self._programs[kind, program.fingerprint.key] = program
-            while len(self._programs) > _MOST_PROGRAMS:
-                del self._programs[next(iter(self._programs))]
+            self._programs.file(kind, program)
         return program
-
-    def _fingerprint(self) -> Fingerprint:
-        return Fingerprint(self.model, self.loss_fn)
-
-
-_MOST_PROGRAMS = 64
 
 
 @jax.jit

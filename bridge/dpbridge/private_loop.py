@@ -1,6 +1,6 @@
 """What happens between `model(x)` and `optimizer.step()` in a loop that nobody changed."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,20 +10,19 @@ from torch import nn
 from dpbridge._compat import x64
 from dpbridge.batches import Batch, pad, take_apart
 from dpbridge.exchange import to_jax
-from dpbridge.fingerprint import Fingerprint
 from dpbridge.foreign_gradients import ForeignGradients, Regularizer
 from dpbridge.forward_calls import CallsPart, ForwardCall
 from dpbridge.forward_program import ForwardProgram
 from dpbridge.lowering import autocast
 from dpbridge.private_forward import Outputs, attach, plain_forward
 from dpbridge.private_gradient import PrivateGradient
+from dpbridge.programs import Programs
 from dpbridge.runs import PlannedRun
 from dpbridge.self_check import check_outputs
 from dpbridge.streams import dropout_stream
-from dpbridge.trainable import device_of
+from dpbridge.trainable import check_parameters, device_of
 
 REDUCTIONS = ("mean", "sum")
-_MOST_PROGRAMS = 64
 
 
 class PrivateLoop:
@@ -52,7 +51,7 @@ class PrivateLoop:
     ) -> None:
         self._gradient, self._run, self._trainable = gradient, run, trainable
         self._is_mean = loss_reduction == "mean"
-        self._programs: dict[Hashable, ForwardProgram] = {}
+        self._programs: Programs[ForwardProgram] = Programs(gradient.model, None)
         self._waiting: list[ForwardCall] = []
         self._serial = (0, 0)  # step, and how many calls of forward it has had
         self._is_removed = False
@@ -98,7 +97,7 @@ class PrivateLoop:
                 "model."
             )
         trainable = self._trainable()
-        self._check_parameters(trainable)
+        check_parameters(self.model, trainable)
         program = self._program(original, batch, trainable)
         stream = dropout_stream(self._gradient.seed, self._gradient.steps, self._next_serial())
         call = ForwardCall(program, batch, stream, self._run.place)
@@ -194,15 +193,6 @@ class PrivateLoop:
         self._serial = self._gradient.steps, count + 1
         return count
 
-    def _check_parameters(self, trainable: Mapping[str, nn.Parameter]) -> None:
-        found = dict(self.model.named_parameters())
-        for name, parameter in trainable.items():
-            if found.get(name) is not parameter:
-                raise ValueError(
-                    f"`{name}` must be the parameter that the optimizer holds, got another one in "
-                    "the model. Make a new private optimizer after replacing parameters."
-                )
-
     def _program(
         self, original: Callable[..., Any], batch: Batch, trainable: Mapping[str, nn.Parameter]
     ) -> ForwardProgram:
@@ -210,16 +200,12 @@ class PrivateLoop:
         own = getattr(original, "__self__", None), getattr(original, "__func__", original)
         dtypes = tuple((name, p.dtype) for name, p in trainable.items())
         kind = (*own, batch.signature, dtypes, autocast.current())
-        program = self._programs.get((kind, Fingerprint(self.model, None).key))
+        program = self._programs.find(kind)
         if program is None:
             with plain_forward():
                 mechanism = None if self._gradient.scaling else self._gradient.mechanism
                 program = ForwardProgram(self.model, original, batch, list(trainable), mechanism)
-            # Filed under what the model is now, as in PrivateGradient.
-            program.fingerprint = Fingerprint(self.model, None)
-            self._programs[kind, program.fingerprint.key] = program
-            while len(self._programs) > _MOST_PROGRAMS:
-                del self._programs[next(iter(self._programs))]
+            self._programs.file(kind, program)
         return program
 
 

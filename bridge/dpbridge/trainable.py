@@ -1,5 +1,6 @@
 """What can be trained privately: the checks of a model and of the optimizer to wrap."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,6 +91,17 @@ def check_processes() -> None:
 def is_module_class(value: Any) -> bool:
     """Whether this is a class of modules, where one of its modules was meant."""
     return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def check_parameters(model: nn.Module, trainable: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError if the model has another parameter by a name than the optimizer."""
+    found = dict(model.named_parameters())
+    for name, parameter in trainable.items():
+        if found.get(name) is not parameter:
+            raise ValueError(
+                f"`{name}` must be the parameter that the optimizer holds, got another one in "
+                "the model. Make a new optimizer after replacing parameters."
+            )
 
 
 def check_seed(seed: Any) -> int:

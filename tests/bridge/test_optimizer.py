@@ -753,7 +753,7 @@ def test_a_loss_may_close_over_a_tensor():
 
 @pytest.mark.slow
 def test_programs_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(dpbridge.private_gradient, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(dpbridge.programs, "_MOST", 2)
     model = Scaled()
     optimizer = make_optimizer(model)
     for scale in (1.0, 2.0, 3.0):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from dpbridge._compat import x64
 from dpbridge.dtypes import to_jax_dtype, to_torch_dtype
 from dpbridge.lowering.table import Call, register_lowering
 from dpkernels.mixing import refuse_mixing
@@ -59,7 +60,7 @@ class JaxCall:
         """
         wide = needs_wide(array.dtype for array in arrays)
         own = list(arrays) if wide else [_narrowed(array) for array in arrays]
-        with jax.enable_x64(wide):
+        with x64(wide):
             return jax.tree_util.tree_map_with_path(_output, self._function(key, own))
 
     def outline(self, tensors: Sequence[torch.Tensor]) -> Outline:
@@ -73,7 +74,7 @@ class JaxCall:
             (tuple(map(int, x.shape)), to_jax_dtype(x.dtype), x.requires_grad) for x in tensors
         )
         if kind not in self._outlines:
-            with jax.enable_x64(True):
+            with x64():
                 self._outlines[kind] = self._traced(kind)
         return self._outlines[kind]
 
