@@ -578,7 +578,7 @@ def load_in_the_middle(run):
     (prune_weights, ValueError, "`0.weight` must be the parameter that the optimizer holds"),
     (tie_weights, ValueError, "`2.weight` must be the parameter that the optimizer holds"),
     (replace_a_parameter, ValueError, "`0.bias` must be the parameter that the optimizer holds"),
-    (replace_a_layer, ValueError, "Make a new private optimizer after replacing parameters"),
+    (replace_a_layer, ValueError, "Make a new optimizer after replacing parameters"),
     (freeze_in_the_middle, RuntimeError, "must stay frozen or trainable for the whole of a plan"),
     (add_a_layer_in_the_middle, RuntimeError, "got a change of 3.bias, 3.weight. Make a plan for"),
     (penalize_a_layer_added_later, RuntimeError, r"`3.\w+.grad` must be left to DPOptimizer"),
