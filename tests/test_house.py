@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -75,6 +76,37 @@ def test_importing_leaves_what_the_user_set_about_the_gpu(monkeypatch):
     monkeypatch.setenv(PREALLOCATE, "true")
     importlib.reload(dpbridge)
     assert os.environ[PREALLOCATE] == "true"
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="only glibc is asked")
+@pytest.mark.parametrize(("keep", "is_kept"), [("1", True), ("0", False)])
+def test_memory_that_a_step_frees_is_kept_for_the_next(keep, is_kept):
+    code = """
+import resource, dpbridge, jax, jax.numpy as jnp
+
+@jax.jit
+def step(x):
+    return x + 1
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+x = jnp.ones(2**24)
+for _ in range(40):
+    step(x).block_until_ready()
+before = faults()
+for _ in range(10):
+    step(x).block_until_ready()
+print(faults() - before)
+"""
+    own = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=kept | {"DPBRIDGE_KEEP_MEMORY": keep}, check=True, stdout=subprocess.PIPE
+    )
+    pages = 10 * 4 * 2**24 / resource.getpagesize()
+    assert (int(done.stdout) < pages / 4) == is_kept
 
 
 def test_every_package_is_in_the_distribution():

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from dpbridge import accounting
-from dpbridge._compat import share_the_gpu
+from dpbridge._compat import keep_freed_memory, share_the_gpu
 from dpbridge.budget import PrivacyBudgetExceeded
 from dpbridge.check import check
 from dpbridge.config import DPConfig
@@ -23,6 +23,7 @@ from dpbridge.scaling import scale_then_privatize
 from dpbridge.train import TrainingState, train
 
 share_the_gpu()
+keep_freed_memory()
 
 __version__ = "0.1.0"
 
