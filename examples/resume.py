@@ -4,10 +4,11 @@ Another process trains, writes a checkpoint every few steps, and is killed by SI
 them. This one goes on from the file. Then it trains once more without interruption: weights,
 optimizer, ledger and epsilon are the same, bit for bit. The steps after the checkpoint, which the
 killed process had made already, were made again with the same draws and the same noise: whoever
-saw both saw one.
+saw both saw one. The journal, a file beside the checkpoint, knows of them: the ledger counts them
+as soon as the checkpoint is loaded, and what would come out otherwise this time would be refused.
 
     python examples/resume.py                        # epsilon 8
-    python examples/resume.py --checkpoint run.pt    # keeps the file
+    python examples/resume.py --checkpoint run.pt    # keeps the files
 """
 
 import argparse
@@ -32,7 +33,7 @@ DELTA = 1e-4  # Below 1 / 1797, the size of the data.
 class Run:
     """All that a training run consists of."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, journal: Path | None = None) -> None:
         digits = load_digits()
         images = torch.tensor(digits.data, dtype=torch.float32) / 8
         data = TensorDataset(images, torch.tensor(digits.target))
@@ -50,6 +51,7 @@ class Run:
             delta=DELTA,
             epochs=args.epochs,
             l2_clip_norm=1.0,
+            journal=journal,
             seed=args.seed,
         )
         self.epochs = args.epochs
@@ -83,11 +85,11 @@ class Run:
                 self.optimizer.zero_grad()
                 loss = F.cross_entropy(self.model(x), y)
                 loss.backward()
-                if self.optimizer.ledger.steps + 1 == kill_at:
+                if self.optimizer.ledger.position + 1 == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 self.optimizer.step()
                 self.scheduler.step()
-                if path is not None and self.optimizer.ledger.steps % every == 0:
+                if path is not None and self.optimizer.ledger.position % every == 0:
                     self.save(path)
         return loss.item()
 
@@ -125,7 +127,9 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.kill_at:
-        Run(args).train(args.checkpoint, every=args.every, kill_at=args.kill_at)
+        Run(args, journal_of(args.checkpoint)).train(
+            args.checkpoint, every=args.every, kill_at=args.kill_at
+        )
         raise SystemExit(f"There was no step {args.kill_at} to be killed in.")
     if args.checkpoint is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -134,26 +138,34 @@ def main() -> None:
         compare(args, args.checkpoint)
 
 
+def journal_of(path: Path) -> Path:
+    """Returns where the journal of a checkpoint is."""
+    return path.with_suffix(".journal")
+
+
 def compare(args: argparse.Namespace, path: Path) -> None:
     """Trains with and without interruption, and checks that it makes no difference."""
-    resumed, whole = Run(args), Run(args)
+    whole = Run(args)
     # In the middle of the run, and of the time between two checkpoints.
-    saved_at = resumed.steps // 2 // args.every * args.every
+    saved_at = whole.steps // 2 // args.every * args.every
     kill_at = saved_at + args.every // 2 + 1
+    journal_of(path).unlink(missing_ok=True)  # that of an earlier call
     train_and_be_killed(path, kill_at)
-    print(f"killed in step {kill_at} of {resumed.steps}")
+    print(f"killed in step {kill_at} of {whole.steps}")
 
+    resumed = Run(args, journal_of(path))
     resumed.load(path)
-    steps = resumed.optimizer.ledger.steps
-    print(f"checkpoint of step {steps}: epsilon {resumed.optimizer.epsilon(DELTA):.4f}")
+    steps, released = resumed.optimizer.ledger.position, resumed.optimizer.ledger.steps
+    spent = resumed.optimizer.epsilon(DELTA)
+    print(f"checkpoint of step {steps}, {released} were released: epsilon {spent:.4f}")
     loss = resumed.train()
     print(f"resumed to step {resumed.optimizer.ledger.steps}: loss {loss:.6f}")
     print(f"uninterrupted: loss {whole.train():.6f}")
     spent = resumed.optimizer.epsilon(DELTA)
     print(f"epsilon {spent:.4f} at delta {DELTA:g}, target {args.epsilon:g}")
 
-    if steps != saved_at:
-        raise SystemExit(f"The checkpoint is of step {steps}, not {saved_at}.")
+    if (steps, released) != (saved_at, kill_at - 1):
+        raise SystemExit(f"The checkpoint is of step {steps}, and {released} were released.")
     expected = whole.results
     different = [name for name, x in resumed.results.items() if not x.equal(expected[name])]
     if different:

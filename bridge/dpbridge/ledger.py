@@ -74,6 +74,15 @@ class Ledger:
             [dp_accounting.SelfComposedDpEvent(run.to_dp_event(), run.steps) for run in self._runs]
         )
 
+    @property
+    def last(self) -> tuple[float, float | None]:
+        """Noise multiplier and sampling probability of the step that was recorded last.
+
+        Raises:
+            IndexError: If there is none.
+        """
+        return self._runs[-1][:2]
+
     def record(self, *, noise_multiplier: float, sampling_prob: float | None) -> None:
         """Appends one step; call it before anything of the step is released.
 

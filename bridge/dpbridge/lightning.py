@@ -26,6 +26,7 @@ Example:
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import nn
 from dpbridge.budget import PrivacyBudget, PrivacyBudgetExceeded, needed_delta
 from dpbridge.conversion import check_loader, private_loader_of
 from dpbridge.foreign_gradients import Regularizer
+from dpbridge.journal import checked_path
 from dpbridge.optimizer import DPOptimizer
 from dpbridge.plan_batches import PlanBatches
 from dpbridge.plan_ledger import PlanLedger
@@ -104,6 +106,7 @@ class PrivacyCallback(pl.Callback):
         loss_fn: For `optimizer.backward`, as in `DPOptimizer`.
         microbatch_size: How many examples JAX works on at once in backward.
         self_check: As in `DPOptimizer`.
+        journal: As in `DPOptimizer`.
         seed: Of noise and dropout, as in `DPOptimizer`; for tests alone.
 
     Raises:
@@ -132,6 +135,7 @@ class PrivacyCallback(pl.Callback):
         loss_fn: Callable[..., Any] | None = None,
         microbatch_size: int | None = None,
         self_check: bool = True,
+        journal: str | os.PathLike[str] | None = None,
         seed: int | None = None,
     ) -> None:
         _validate.one_of("loss_reduction", loss_reduction, REDUCTIONS)
@@ -160,6 +164,7 @@ class PrivacyCallback(pl.Callback):
         self._options: dict[str, Any] = {
             "loss_fn": loss_fn,
             "self_check": self_check,
+            "journal": None if journal is None else checked_path(journal),
             "seed": self._seed,
         }
         self._batches: PlanBatches | None = None
@@ -349,7 +354,7 @@ class PrivacyCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that a checkpoint was whole, and stops if nothing may be spent any more."""
         del pl_module
-        loader, steps = self._loader, self.optimizer.ledger.steps
+        loader, steps = self._loader, self._ledger.position
         if loader.draws_begun != steps:
             raise RuntimeError(
                 f"The checkpoint must hold the loader's place beside the ledger of {steps} steps, "
@@ -397,12 +402,11 @@ class PrivacyCallback(pl.Callback):
 
     def _may_go_on(self) -> bool:
         """Whether there may be another step."""
-        ledger, iterations = self.optimizer.ledger, self._loader.plan.iterations
-        if ledger.steps >= iterations:
+        ledger, iterations = self._ledger, self._loader.plan.iterations
+        if ledger.position >= iterations:
             return False
-        if self._budget is None:
+        if self._budget is None or ledger.position < ledger.steps:
             return True
-        assert isinstance(ledger, PlanLedger)
         try:
             self._budget.check(ledger, most=iterations)
         except PrivacyBudgetExceeded:
@@ -410,7 +414,7 @@ class PrivacyCallback(pl.Callback):
         return True
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
-        steps = self.optimizer.ledger.steps
+        steps = self._ledger.position
         if steps < self._steps and not trainer.should_stop and not self._may_go_on():
             rank_zero_info(
                 f"`Trainer.fit` stopped: what may be spent is spent after {steps} private steps."
@@ -424,7 +428,7 @@ class PrivacyCallback(pl.Callback):
         if self._optimizer is None:
             return {}
         state = self._loader.state_dict()
-        steps = self._optimizer.ledger.steps
+        steps = self._ledger.position
         if self._loader.draws_begun > steps:
             # In a step that was not finished, as after an interrupt: it is to be made again.
             state["position"] = steps * self._loader.accumulation_steps
@@ -463,6 +467,12 @@ class PrivacyCallback(pl.Callback):
         part = _trained_part(pl_module)
         if self._optimizer is not None and attached_to(part) is not None:
             make_public(part)
+
+    @property
+    def _ledger(self) -> PlanLedger:
+        ledger = self.optimizer.ledger
+        assert isinstance(ledger, PlanLedger)
+        return ledger
 
     @property
     def _loader(self) -> PlanLoader:

@@ -197,6 +197,9 @@ class PoissonLoader:
         After the last batch of a pass that is nothing: the loop that was interrupted there had
         no more to do. If the pass had ended, the next iteration is a full one.
 
+        The draws after that place come again. Where an optimizer's journal counts the steps that
+        were made on them, new steps need new draws, for which epsilon holds: use a new loader.
+
         Args:
             state: What `state_dict` returned.
 

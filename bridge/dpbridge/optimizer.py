@@ -1,7 +1,7 @@
 """`DPOptimizer`: a torch optimizer whose gradients are clipped and noised in JAX."""
 
-import copy
 import functools
+import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from dpbridge.batches import take_apart
 from dpbridge.budget import PrivacyBudget, needed_delta
 from dpbridge.foreign_gradients import Regularizer
+from dpbridge.journal import Journal, checked_path
+from dpbridge.journal_lines import name_of
 from dpbridge.ledger import Ledger
 from dpbridge.plan_ledger import PlanLedger
 from dpbridge.plan_loader import PlanLoader
@@ -89,6 +91,13 @@ class DPOptimizer(Optimizer):
             effect on the result.
         self_check: Whether to compare the first batch of each compiled program with torch's own
             gradients. Turn it off only to save the seconds it takes.
+        journal: A file that gets a line for each step before its gradient is released, and is made
+            if there is none. With it, a run that goes on from a checkpoint after a crash counts
+            the steps that were lost in between. Without a plan they are spent: new steps have new
+            noise, and must have new draws, so make a new loader rather than load the state of the
+            old one. With a plan they are made again, with the same noise, and refused if anything
+            else would come out. It costs a write to the disk each step, and with a plan a hash of
+            the gradient. Keep it beside the checkpoints, and as secret.
         seed: Of noise and dropout, a non-negative integer below 2**64. By default 64 bits of the
             operating system. Whoever knows it can take the noise away: keep it, and the
             `state_dict` that holds it, as secret as the data. Two optimizers with one seed draw
@@ -97,7 +106,8 @@ class DPOptimizer(Optimizer):
     Raises:
         TypeError: If an argument has the wrong type, is missing or contradicts `plan`.
         ValueError: If one is out of range, the optimizer holds a parameter that is not the
-            model's, or parameters lie on several devices.
+            model's, parameters lie on several devices, or `journal` cannot be opened or is
+            damaged.
         NotImplementedError: If the model has batch normalisation, the optimizer needs a closure,
             or torch.distributed runs several processes.
 
@@ -112,6 +122,9 @@ class DPOptimizer(Optimizer):
         has a stream of its own: no noise is used twice.
         With a plan, its clipping and noise are applied, there are at most its steps, and a step
         on anything but the next whole draw of `loader` raises before noise is drawn.
+        With `journal`, from `load_state_dict` of any checkpoint of the run on, or from the first
+        step without one, the ledger holds at least the steps that were released before a crash; no
+        noise is on two gradients; and a step whose line cannot be written is not released.
         With `epsilon`, the step that would pass it raises PrivacyBudgetExceeded before noise is
         drawn, and leaves model and ledger as they were.
 
@@ -147,6 +160,7 @@ class DPOptimizer(Optimizer):
         delta: float | None = None,
         microbatch_size: int | None = None,
         self_check: bool = True,
+        journal: str | os.PathLike[str] | None = None,
         seed: int | None = None,
     ) -> None:
         scaling = None
@@ -161,6 +175,8 @@ class DPOptimizer(Optimizer):
                 f"`loss_fn` must be callable, got {loss_fn!r}. Pass a loss module or a function: "
                 "nn.CrossEntropyLoss(), with its brackets."
             )
+        if journal is not None:
+            checked_path(journal)
         seed = secrets.randbits(64) if seed is None else check_seed(seed)
         budget = None if epsilon is None else PrivacyBudget(epsilon, needed_delta(delta))
         self._run: EndlessRun | PlannedRun
@@ -204,6 +220,9 @@ class DPOptimizer(Optimizer):
         self._loop: PrivateLoop | None = None
         if plan is not None:
             check_layers(plan, self._trainable(self._grouped()))
+        self._journal = None if journal is None else Journal(journal)
+        if self._journal is not None and self._journal.is_of(self._name, 0):
+            self._catch_up(self._journal)  # With a given seed the run may be known already.
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._is_ready = True
 
@@ -369,7 +388,10 @@ class DPOptimizer(Optimizer):
 
         Raises:
             RuntimeError: If there was no `backward` since the last step, something else put a
-                gradient into `p.grad`, the plan's steps are used up, or this is not its draw.
+                gradient into `p.grad`, the plan's steps are used up, this is not its draw, or
+                `journal` is of another run, was changed by another process or holds another
+                gradient for this step of the plan.
+            OSError: If `journal` cannot be written. Nothing was released; the step counts.
             PrivacyBudgetExceeded: If the step would pass the budget.
         """
         result = None
@@ -388,13 +410,7 @@ class DPOptimizer(Optimizer):
         self._gradient.check_names(trainable)
         self._check_grads(grouped)
         penalties = {} if self._loop is None else self._loop.foreign.gradients(trainable)
-        self._run.check_step(self._gradient.drawn)
-        try:
-            self._run.record(self._gradient.drawn)
-            released = self._gradient.release(trainable)
-        except BaseException:
-            self._run.fail()
-            raise
+        released = self._release(trainable)
         for name, grad in penalties.items():
             released[name] += grad
         for name, parameter in grouped.items():
@@ -403,6 +419,22 @@ class DPOptimizer(Optimizer):
         self.base_optimizer.step()
         self._released = {n: (grad.data_ptr(), grad._version) for n, grad in released.items()}
         return result
+
+    def _release(self, trainable: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Returns the noised gradient, once ledger and journal have it."""
+        if self._journal is not None:
+            self._catch_up(self._journal)
+        self._run.check_step(self._gradient.drawn)
+        try:
+            self._run.record(self._gradient.drawn)
+            released = self._gradient.release(trainable)
+            if self._journal is not None:
+                line = self._run.line(self._gradient.steps, released)
+                self._journal.write(self._name, line)
+        except BaseException:
+            self._run.fail()
+            raise
+        return released
 
     @_one_at_a_time
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -474,6 +506,7 @@ class DPOptimizer(Optimizer):
             "ledger": self.ledger.state_dict(),
             "noise": self._gradient.noise_state(trainable),
             "parameters": _shapes(grouped),
+            "journal": self._journal.last if self._journal and self._journal.run else None,
         }
         return {**self.base_optimizer.state_dict(), _KEY: own}
 
@@ -483,10 +516,13 @@ class DPOptimizer(Optimizer):
 
         What was released stays released: going back to an earlier state of this same run restores
         the wrapped optimizer, and keeps the longer ledger and the later place in the noise stream.
+        With a journal the ledger then holds the steps that were released after the checkpoint, too.
+        Without one it cannot know of them.
 
         Raises:
-            ValueError: If a part is missing or malformed, or this optimizer has made steps of
-                another run. Nothing is changed then.
+            ValueError: If a part is missing or malformed, this optimizer has made steps of another
+                run, or `journal` is of another run or has fewer steps than it had when the
+                checkpoint was saved. Nothing is changed then.
             RuntimeError: Between `backward` and `step`.
         """
         self._refuse_mid_step("load_state_dict")
@@ -500,21 +536,18 @@ class DPOptimizer(Optimizer):
             )
         grouped = self._grouped()
         _check_parameters(own.get("parameters"), _shapes(grouped))
-        ledger = copy.copy(self.ledger)
-        ledger.load_state_dict(own["ledger"])
-        if ledger.steps < noise["steps"]:
-            raise ValueError(
-                f"`state_dict` must count every release in its ledger, got {ledger.steps} steps "
-                f"there and noise for {noise['steps']}. The checkpoint is damaged."
-            )
+        if self._journal is not None:
+            name = name_of(noise["seed"], noise.get("run"))
+            self._journal.check_state(name, noise["steps"], own.get("journal"))
+        place, restore_ledger = self._run.read_state(own["ledger"], noise["steps"], self._journal)
         go_to_saved_noise = gradient.read_noise_state(noise, self._trainable(grouped))
         rest = {name: value for name, value in state_dict.items() if name != _KEY}
         self.base_optimizer.load_state_dict(rest)
         # The ledger first: an interrupt here must not leave noise that was used uncounted.
-        if ledger.steps >= self.ledger.steps:
-            self.ledger.load_state_dict(own["ledger"])
+        restore_ledger()
         if noise["steps"] >= gradient.steps or not is_same_run:
             go_to_saved_noise()
+        gradient.steps = max(gradient.steps, place)
 
     # The wrapped optimizer makes and reads the state, so its machinery runs the hooks; they see
     # this optimizer, which they were registered on.
@@ -579,6 +612,21 @@ class DPOptimizer(Optimizer):
             **state["options"],
         )
         self.ledger.load_state_dict(state["ledger"].state_dict())
+
+    @property
+    def _name(self) -> str:
+        """Under which this run stands in a journal."""
+        return name_of(self._gradient.seed, self._gradient.mechanism.run)
+
+    def _catch_up(self, journal: Journal) -> None:
+        """Counts what the journal says was released and this run does not know of.
+
+        Raises:
+            RuntimeError: If it is of another run, or changed by another process.
+        """
+        gradient = self._gradient
+        journal.check(self._name, gradient.steps)
+        gradient.steps = self._run.count_lost(journal, gradient.steps)
 
     def _grouped(self) -> dict[str, nn.Parameter]:
         """Returns the parameters of all groups by name."""
@@ -646,7 +694,7 @@ def _checked_state(state_dict: Any) -> dict[str, Any]:
     parts = {"version", "ledger", "noise"}
     if (
         not isinstance(own, dict)
-        or set(own) - {"parameters"} != parts
+        or set(own) - {"parameters", "journal"} != parts
         or not isinstance(own["noise"], dict)
     ):
         raise ValueError(
@@ -668,6 +716,8 @@ def _checked_state(state_dict: Any) -> dict[str, Any]:
     try:
         steps = _validate.integer("noise.steps", own["noise"].get("steps"), hint, minimum=0)
         check_seed(own["noise"].get("seed"))
+        if own.get("journal") is not None:
+            _validate.integer("journal", own["journal"], hint, minimum=0)
     except TypeError as error:
         raise ValueError(str(error)) from error
     if steps >= 2**32:

@@ -1,4 +1,9 @@
-"""The record of a run that follows a plan: how many of its steps are released."""
+"""The record of a run that follows a plan: how many of its steps are released.
+
+After a crash a run goes on from a checkpoint, and makes the steps again that were lost. They are
+released already, so the record is ahead of the run until it has caught up: `steps` is what was
+released, and what epsilon is of; `position` is how far the run has got.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -22,9 +27,10 @@ class PlanLedger:
             stated.
 
     Attributes:
-        draws: The loader's hash of the draws of all recorded steps.
+        draws: The loader's hash of the draws of all steps up to `position`.
 
     Guarantees:
+        * `steps` never goes down but in `load_state_dict`, and is never below `position`.
         * `epsilon` is what the plan says of as many steps as were recorded.
         * If any step was made without the plan's own loader, no epsilon is stated, also after
           saving and loading.
@@ -42,17 +48,22 @@ class PlanLedger:
 
     def __init__(self, plan: DPExecutionPlan, *, is_loaded: bool) -> None:
         self._plan, self._is_loaded = plan, is_loaded
-        self._steps, self._unknown = 0, 0
+        self._steps, self._position, self._unknown = 0, 0, 0
         self.draws = NO_DRAWS
         self._answers: dict[tuple[float, str | None, int], float] = {}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(steps={self._steps})"
+        return f"{type(self).__name__}(steps={self._steps}, position={self._position})"
 
     @property
     def steps(self) -> int:
-        """How many steps were recorded."""
+        """How many steps were released, lost ones included."""
         return self._steps
+
+    @property
+    def position(self) -> int:
+        """How many steps the run has made: below `steps` while lost ones are made again."""
+        return self._position
 
     @property
     def unknown_steps(self) -> int:
@@ -68,14 +79,16 @@ class PlanLedger:
 
     def check(self) -> None:
         """Raises RuntimeError if the plan has no step left."""
-        if self._steps >= self._plan.iterations:
+        if self._position >= self._plan.iterations:
             raise RuntimeError(
                 f"`step` must not go past the plan's {self._plan.iterations} iterations, which are "
                 "used up. Make a plan of more iterations before training starts."
             )
 
     def record(self, draws: str = NO_DRAWS) -> None:
-        """Counts one step; call it before anything of the step is released.
+        """Counts one step, if it is not one that is made again.
+
+        Call it before anything of the step is released.
 
         Args:
             draws: The loader's hash of all draws up to this step's.
@@ -84,8 +97,34 @@ class PlanLedger:
             RuntimeError: If the plan has no step left.
         """
         self.check()
-        unknown = self._unknown + (not self._is_loaded)
-        self._steps, self._unknown, self.draws = self._steps + 1, unknown, draws
+        position, unknown = self._position + 1, self._unknown
+        if position > self._steps:
+            unknown += not self._is_loaded
+        # At once, lest an interrupt leave a part of it.
+        self._steps, self._position, self._unknown, self.draws = (
+            max(self._steps, position),
+            position,
+            unknown,
+            draws,
+        )
+
+    def raise_to(self, steps: int, unknown_steps: int) -> None:
+        """Counts steps that were released and lost, where these are more than it has.
+
+        Args:
+            steps: As the property.
+            unknown_steps: As the property.
+
+        Raises:
+            ValueError: If the plan has fewer steps.
+        """
+        if steps > self._plan.iterations:
+            raise ValueError(
+                f"`steps` must be at most the plan's {self._plan.iterations}, got {steps}. Use the "
+                "plan that they were made with."
+            )
+        self._steps = max(self._steps, steps)
+        self._unknown = max(self._unknown, unknown_steps)
 
     def epsilon(self, delta: float, accountant: str | None = None) -> float:
         """Returns the epsilon spent so far.
@@ -119,6 +158,7 @@ class PlanLedger:
         return {
             "version": _VERSION,
             "steps": self._steps,
+            "position": self._position,
             "unknown_steps": self._unknown,
             "draws": self.draws,
             "mechanism": _fingerprint(self._plan),
@@ -152,6 +192,8 @@ class PlanLedger:
         hint = "Load an unchanged state_dict."
         try:
             steps = _validate.integer("state['steps']", state["steps"], hint, minimum=0)
+            position = state["position"]
+            position = _validate.integer("state['position']", position, hint, minimum=0)
             unknown = state["unknown_steps"]
             unknown = _validate.integer("state['unknown_steps']", unknown, hint, minimum=0)
         except TypeError as error:
@@ -161,12 +203,20 @@ class PlanLedger:
                 f"`state['steps']` must be at most the plan's {self._plan.iterations}, got "
                 f"{steps}. {hint}"
             )
-        if unknown > steps or not isinstance(state["draws"], str):
-            raise ValueError(f"`state` must be whole, got {unknown} unknown steps. {hint}")
-        self._steps, self._unknown, self.draws = steps, unknown, state["draws"]
+        if max(unknown, position) > steps or not isinstance(state["draws"], str):
+            raise ValueError(
+                f"`state` must be whole, got {unknown} unknown steps and position {position} of "
+                f"{steps}. {hint}"
+            )
+        self._steps, self._position, self._unknown, self.draws = (
+            steps,
+            position,
+            unknown,
+            state["draws"],
+        )
 
 
-_VERSION = 1
+_VERSION = 2
 
 
 def _fingerprint(plan: DPExecutionPlan) -> str:

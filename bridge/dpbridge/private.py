@@ -1,5 +1,6 @@
 """`make_private`: a model, an optimizer and a loader, made to train privately."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ def make_private(
     loss_fn: Callable[..., Any] | None = None,
     microbatch_size: int | None = None,
     self_check: bool = True,
+    journal: str | os.PathLike[str] | None = None,
     seed: int | None = None,
 ) -> tuple[nn.Module, DPOptimizer, PlanLoader]:
     """Makes a training run private, and leaves its loop as it is.
@@ -84,6 +86,7 @@ def make_private(
         microbatch_size: How many examples JAX works on at once in backward: a batch of any size
             then fits.
         self_check: As in `DPOptimizer`.
+        journal: As in `DPOptimizer`.
         seed: Of noise and dropout, as in `DPOptimizer`; for tests alone.
 
     Returns:
@@ -163,6 +166,7 @@ def make_private(
         epsilon=epsilon,
         delta=None if epsilon is None else delta,
         self_check=self_check,
+        journal=journal,
         seed=seed,
     )
     private_optimizer.take_over_forward(loss_reduction=loss_reduction, regularizer=regularizer)

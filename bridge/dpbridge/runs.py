@@ -1,11 +1,15 @@
 """The two kinds of run: one without an end, of equal steps, and one that follows a plan."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from scipy import special
 
 from dpbridge.budget import PrivacyBudget
+from dpbridge.journal import Journal
+from dpbridge.journal_lines import EndlessStep, PlannedStep, Step, digest_of
 from dpbridge.ledger import Ledger
 from dpbridge.mechanism import GaussianMechanism, Mechanism, PlanMechanism
 from dpbridge.plan_ledger import PlanLedger
@@ -37,6 +41,40 @@ class Run(Protocol):
 
     def fail(self) -> None:
         """Notes that a step was recorded and then not released."""
+        ...
+
+    def line(self, step: int, released: Mapping[str, torch.Tensor]) -> Step:
+        """Returns what the journal is to hold of the step that was recorded last."""
+        ...
+
+    def count_lost(self, journal: Journal, place: int) -> int:
+        """Counts the releases of the journal that the ledger lacks.
+
+        Args:
+            journal: Of this run.
+            place: How many steps this run has made.
+
+        Returns:
+            The place in the noise stream to go on from.
+        """
+        ...
+
+    def read_state(
+        self, state: Mapping[str, Any], place: int, journal: Journal | None
+    ) -> tuple[int, Callable[[], None]]:
+        """Reads a saved ledger, and counts the releases of the journal that it lacks.
+
+        Args:
+            state: Of the ledger.
+            place: How many steps were made when it was saved.
+            journal: Of the same run, if there is one.
+
+        Returns:
+            As `count_lost`; and what restores the ledger, but for a longer one of this same run.
+
+        Raises:
+            ValueError: If it is not of such a run; nothing is changed.
+        """
         ...
 
     def epsilon(self, delta: float, accountant: str | None) -> float:
@@ -93,6 +131,30 @@ class EndlessRun:
             sampling_prob=self.sampling_prob if self._is_plausible(drawn) else None,
         )
         self._drawn, self._draws = self._drawn + drawn, self._draws + 1
+
+    def line(self, step: int, released: Mapping[str, torch.Tensor]) -> EndlessStep:
+        """See `Run`."""
+        del released
+        return EndlessStep(step, *self.ledger.last)
+
+    def count_lost(self, journal: Journal, place: int) -> int:
+        """See `Run`: new steps have new noise, so what was lost is spent."""
+        return _count_lost(self.ledger, journal, place)
+
+    def read_state(
+        self, state: Mapping[str, Any], place: int, journal: Journal | None
+    ) -> tuple[int, Callable[[], None]]:
+        """See `Run`."""
+        ledger = Ledger()
+        ledger.load_state_dict(state)
+        _check_counted(ledger.steps, place)
+        place = place if journal is None else _count_lost(ledger, journal, place)
+
+        def restore() -> None:
+            if ledger.steps >= self.ledger.steps:
+                self.ledger.load_state_dict(ledger.state_dict())
+
+        return place, restore
 
     def epsilon(self, delta: float, accountant: str | None) -> float:
         """See `Run`."""
@@ -217,7 +279,8 @@ class PlannedRun:
                     "Pass loader=PlanLoader(plan, dataset) where the optimizer is made."
                 )
             self.ledger.refuse_unknown()
-            self.budget.check(self.ledger, most=self.plan.iterations)
+            if self.ledger.position == self.ledger.steps:  # What is made again is spent.
+                self.budget.check(self.ledger, most=self.plan.iterations)
 
     def _check_state(self) -> None:
         if self._has_failed:
@@ -237,13 +300,49 @@ class PlannedRun:
         """See `Run`: noise that builds on earlier noise can no longer be told to be in step."""
         self._has_failed = True
 
+    def line(self, step: int, released: Mapping[str, torch.Tensor]) -> PlannedStep:
+        """See `Run`."""
+        draws = None if self.loader is None else self.loader.digest
+        return PlannedStep(step, draws, digest_of(released))
+
+    def count_lost(self, journal: Journal, place: int) -> int:
+        """See `Run`: lost steps are to be made again, with their noise."""
+        _raise_to_lost(self.ledger, journal)
+        return place
+
+    def read_state(
+        self, state: Mapping[str, Any], place: int, journal: Journal | None
+    ) -> tuple[int, Callable[[], None]]:
+        """See `Run`."""
+        ledger = copy.copy(self.ledger)
+        ledger.load_state_dict(state)
+        _check_counted(ledger.position, place)
+        if ledger.position > place:
+            raise ValueError(
+                f"`state_dict` must be of a run without a failed step, got one that has drawn "
+                f"batch {ledger.position} and noise {place}: the plan's noise would go on at "
+                "another row than its draws. Load an earlier checkpoint."
+            )
+        if journal is not None:
+            _raise_to_lost(ledger, journal)
+
+        def restore() -> None:
+            longer = max(self.ledger, ledger, key=lambda found: found.steps)
+            steps, unknown = longer.steps, longer.unknown_steps
+            if ledger.position >= self.ledger.position:
+                ledger.raise_to(steps, unknown)
+                self.ledger.load_state_dict(ledger.state_dict())
+            self.ledger.raise_to(steps, unknown)
+
+        return place, restore
+
     def epsilon(self, delta: float, accountant: str | None) -> float:
         """See `Run`."""
         return self.ledger.epsilon(delta, accountant)
 
     def _check_draw(self, loader: PlanLoader) -> None:
         """Raises unless the loader is at the draw of this step, after those of the steps before."""
-        step = self.ledger.steps + 1
+        step = self.ledger.position + 1
         if loader.draws_begun != step:
             raise RuntimeError(
                 f"Step {step} must be made on draw {step} of the plan's loader, got draw "
@@ -258,13 +357,48 @@ class PlannedRun:
             )
 
     def _check_whole(self, loader: PlanLoader, drawn: int) -> None:
-        step = self.ledger.steps + 1
+        step = self.ledger.position + 1
         if drawn != loader.draw_size or loader.parts_yielded != loader.accumulation_steps:
             raise RuntimeError(
                 f"Step {step} must be made on the {loader.draw_size} examples of its draw, in "
                 f"{loader.accumulation_steps} parts, got {drawn} in {loader.parts_yielded}. Pass "
                 "every batch of the loader to `backward` once."
             )
+
+
+def _count_lost(ledger: Ledger, journal: Journal, place: int) -> int:
+    """Records what an endless run has released after a place; returns where it is to go on."""
+    if journal.last <= place:
+        return place
+    for step in journal.after(place):
+        if not isinstance(step, EndlessStep):
+            raise ValueError(
+                f"`journal` must be of a run without a plan, got step {step.step} of a plan in "
+                f"{journal.path}. It is damaged."
+            )
+        # A step that failed after its noise was drawn has no line. The ledger counted it, too.
+        for _ in range(place, step.step):
+            ledger.record(noise_multiplier=step.noise_multiplier, sampling_prob=step.sampling_prob)
+        place = step.step
+    return place
+
+
+def _raise_to_lost(ledger: PlanLedger, journal: Journal) -> None:
+    """Counts what a plan's run has released after what its ledger has."""
+    if journal.last <= ledger.steps:
+        return
+    unknown = ledger.unknown_steps
+    for step in journal.after(ledger.steps):
+        unknown += not isinstance(step, PlannedStep) or step.draws is None
+    ledger.raise_to(journal.last, unknown)
+
+
+def _check_counted(steps: int, place: int) -> None:
+    if steps < place:
+        raise ValueError(
+            f"`state_dict` must count every release in its ledger, got {steps} steps "
+            f"there and noise for {place}. The checkpoint is damaged."
+        )
 
 
 def make_mechanism(

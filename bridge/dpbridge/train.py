@@ -1,5 +1,6 @@
 """The loop: a plan, a dataset, a model, and nothing to forget."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dpbridge.optimizer import DPOptimizer
+from dpbridge.plan_ledger import PlanLedger
 from dpbridge.plan_loader import PlanLoader
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.trainable import device_of
@@ -33,8 +35,10 @@ class TrainingState:
 
     @property
     def step(self) -> int:
-        """How many steps were made."""
-        return self.optimizer.ledger.steps
+        """How many steps of the plan were made, those apart that a crash took back."""
+        ledger = self.optimizer.ledger
+        assert isinstance(ledger, PlanLedger)
+        return ledger.position
 
     def epsilon(self, delta: float, *, accountant: str | None = None) -> float:
         """Returns the epsilon spent so far; see `DPOptimizer.epsilon`."""
@@ -69,6 +73,7 @@ def train(
     resume: Mapping[str, Any] | None = None,
     epsilon: float | None = None,
     delta: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int | None = None,
     **loading: Any,
@@ -88,6 +93,7 @@ def train(
         resume: What `TrainingState.state_dict` returned, to go on from there.
         epsilon: As in `DPOptimizer`.
         delta: As in `DPOptimizer`.
+        journal: As in `DPOptimizer`.
         progress: Whether to show a bar.
         seed: Of sampling and dropout, for tests; by default the operating system's. That of the
             noise is the plan's.
@@ -120,6 +126,7 @@ def train(
         loader=loader,
         epsilon=epsilon,
         delta=delta,
+        journal=journal,
         seed=seed,
     )
     state = TrainingState(model, private, loader)

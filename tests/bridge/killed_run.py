@@ -1,7 +1,13 @@
-"""A script that trains in child processes and kills them: `python killed_run.py FOLDER KILLS SEED`.
+"""A script that trains in child processes and kills them.
 
-It fails unless each release that was seen, also of steps that a kill took back, is one that the
-ledger counts in the end. It prints how many kills and replayed steps there were.
+    python killed_run.py FOLDER KIND KILLS SEED
+
+KIND is "planned" or "endless". With 1 for KILLS one child is killed, some steps after a checkpoint;
+with more, children are killed at random moments.
+
+It fails unless the ledger has, right after each resume and in the end, all releases that were seen,
+also of steps that a kill took back: with a plan the same ones again, without one others. It prints
+how many kills there were, how many steps they took back, and how many of them were seen again.
 """
 
 import hashlib
@@ -22,32 +28,85 @@ import torch
 import torch.export
 from torch import nn
 
-FEATURES, EXAMPLES, STEPS = 3, 12, 400
+FEATURES, EXAMPLES = 3, 12
 
 
-def make_config():
-    from dpkernels.execution_plan import BandMFConfig
+class Endless:
+    """No plan, and empty draws: what is seen is noise alone, so that any used twice shows.
 
-    # Noise with a memory: its state must be saved and restored, not only its place in a stream.
-    return BandMFConfig(
-        iterations=STEPS, expected_participations=100.0, strategy=(1.0, 0.5), noise_multiplier=1.0
-    )
+    Args:
+        steps: How many there are in all.
+    """
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def make_parts(self, log, journal):
+        from dpbridge import DPOptimizer
+
+        torch.manual_seed(5)
+        model = nn.Linear(FEATURES, 2)
+        base = Witness(model.parameters(), log)
+        optimizer = DPOptimizer(
+            base, model, loss_fn=nn.MSELoss(), self_check=False, journal=journal,
+            l2_clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, sampling_prob=0.1,
+        )  # fmt: skip
+        base.step_number = lambda: optimizer.ledger.steps
+        return {"model": model, "optimizer": optimizer}
+
+    def batches(self, parts):
+        while parts["optimizer"].ledger.steps < self.steps:
+            yield torch.zeros(0, FEATURES), torch.zeros(0, 2)
+
+    def check(self, lines, ledger):
+        numbers = [line["step"] for line in lines]
+        assert numbers == sorted(set(numbers)), "a step was released after a later one"
+        assert len({line["grads"] for line in lines}) == len(lines), "noise was used twice"
+        # The last one may have been killed before it could be seen.
+        assert sum(run[2] for run in ledger["runs"]) == self.steps >= max(numbers)
+        return 0
 
 
-def make_parts(log):
-    from dpbridge import DPOptimizer, PlanLoader
+class Planned:
+    """A plan whose noise has a memory: its state is to be restored, not only its place.
 
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(EXAMPLES, FEATURES, generator=generator)
-    data = torch.utils.data.TensorDataset(x, torch.randn(EXAMPLES, 2, generator=generator))
-    torch.manual_seed(5)
-    model, plan = nn.Linear(FEATURES, 2), make_config().make()
-    base, loader = Witness(model.parameters(), log), PlanLoader(plan, data)
-    optimizer = DPOptimizer(
-        base, model, loss_fn=nn.MSELoss(), plan=plan, loader=loader, self_check=False
-    )
-    base.ledger = optimizer.ledger
-    return {"model": model, "optimizer": optimizer, "loader": loader}
+    Args:
+        steps: How many there are in all.
+    """
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def make_parts(self, log, journal):
+        from dpbridge import DPOptimizer, PlanLoader
+        from dpkernels.execution_plan import BandMFConfig
+
+        config = BandMFConfig(
+            iterations=self.steps, expected_participations=self.steps / 4, strategy=(1.0, 0.5),
+            noise_multiplier=1.0,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(EXAMPLES, FEATURES, generator=generator)
+        data = torch.utils.data.TensorDataset(x, torch.randn(EXAMPLES, 2, generator=generator))
+        torch.manual_seed(5)
+        model, plan = nn.Linear(FEATURES, 2), config.make()
+        base, loader = Witness(model.parameters(), log), PlanLoader(plan, data)
+        optimizer = DPOptimizer(
+            base, model, loss_fn=nn.MSELoss(), plan=plan, loader=loader, self_check=False,
+            journal=journal,
+        )  # fmt: skip
+        base.step_number = lambda: optimizer.ledger.position
+        return {"model": model, "optimizer": optimizer, "loader": loader}
+
+    def batches(self, parts):
+        return parts["loader"]
+
+    def check(self, lines, ledger):
+        seen = {(line["step"], line["grads"], line["weights"]) for line in lines}
+        expected = list(range(1, self.steps + 1))
+        assert sorted(step for step, _, _ in seen) == expected, "a replay differs"
+        assert len({grads for _, grads, _ in seen}) == ledger["steps"] == self.steps
+        return len(lines) - len(seen)
 
 
 def digest(tensors):
@@ -62,21 +121,25 @@ class Witness(torch.optim.SGD):
 
     def __init__(self, parameters, log):
         super().__init__(parameters, lr=0.1, momentum=0.9)
-        self.log, self.ledger = log, None
+        self.log, self.step_number = log, None
 
     def step(self, closure=None):
         (group,) = self.param_groups
         grads = digest(p.grad for p in group["params"])
         super().step(closure)
-        line = {"step": self.ledger.steps, "grads": grads, "weights": digest(group["params"])}
+        line = {"step": self.step_number(), "grads": grads, "weights": digest(group["params"])}
         os.write(self.log, (json.dumps(line) + "\n").encode())
         os.fsync(self.log)
 
 
-def read_log(folder):
-    """Returns what was seen of the releases, from all processes, in their order."""
-    path = folder / "released.jsonl"
+def read_log(folder, name="released.jsonl"):
+    """Returns what was written down by all processes, in their order."""
+    path = folder / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def open_log(folder, name="released.jsonl"):
+    return os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
 def save(path, parts):
@@ -89,44 +152,54 @@ def save(path, parts):
     os.replace(unfinished, path)
 
 
-def train(folder, ready):
-    """Trains from the last checkpoint to the plan's end, and saves at random steps."""
-    log = os.open(folder / "released.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    parts = make_parts(log)
-    model, optimizer, loader = parts.values()
+def train(folder, kind, ready, is_saved, most):
+    """Trains from the last checkpoint to the end.
+
+    Args:
+        folder: Of checkpoint, journal and logs.
+        kind: `Planned` or `Endless`.
+        ready: Where to write a byte for each step.
+        is_saved: Says after which steps of this process there is a checkpoint.
+        most: After how many steps to wait for the end.
+    """
+    parts = kind.make_parts(open_log(folder), folder / "journal.jsonl")
     path = folder / "checkpoint.pt"
     if path.exists():
-        for name, state in torch.load(path, weights_only=True).items():
-            parts[name].load_state_dict(state)
-        check_resumed(folder, optimizer.ledger.steps, model)
+        resume(folder, path, parts)
     else:
         save(path, parts)
-    for x, y in loader:
-        optimizer.backward(x, y)
-        optimizer.step()
-        optimizer.zero_grad()
-        os.write(ready, b".")
-        if random.random() < 0.03:
+    for made, (x, y) in enumerate(kind.batches(parts), 1):
+        parts["optimizer"].backward(x, y)
+        parts["optimizer"].step()
+        parts["optimizer"].zero_grad()
+        if is_saved(made):
             save(path, parts)
+        os.write(ready, b".")
+        if made == most:
+            signal.pause()
     save(path, parts)
 
 
-def check_resumed(folder, steps, model):
-    """A checkpoint counts all that is in its weights."""
-    lines = [line for line in read_log(folder) if line["step"] == steps]
-    if steps and digest(model.parameters()) not in {line["weights"] for line in lines}:
-        raise RuntimeError(f"The weights are not those after the {steps} steps of the ledger.")
+def resume(folder, path, parts):
+    """Goes on from a checkpoint, and checks that what was seen so far is known."""
+    states = torch.load(path, weights_only=True)
+    for name, state in states.items():
+        parts[name].load_state_dict(state)
+    steps, lines = parts["optimizer"].ledger.steps, read_log(folder)
+    released = {line["grads"] for line in lines}
+    if steps < max([len(released), *(line["step"] for line in lines)]):
+        raise RuntimeError(f"The ledger has {steps} steps after {len(released)} releases.")
+    made = states["optimizer"]["dpbridge"]["noise"]["steps"]
+    if made and digest(parts["model"].parameters()) not in {line["weights"] for line in lines}:
+        raise RuntimeError(f"The weights are not those after the {made} steps of the checkpoint.")
+    os.write(open_log(folder, "lost.jsonl"), f"{steps - made}\n".encode())
 
 
-def check_lineage(folder):
-    """Whatever was seen, of lost steps too, is what the ledger's steps released, and no more."""
-    lines = read_log(folder)
-    ledger = torch.load(folder / "checkpoint.pt", weights_only=True)["optimizer"]["dpbridge"]
-    steps = ledger["ledger"]["steps"]
-    seen = {(line["step"], line["grads"], line["weights"]) for line in lines}
-    assert sorted(step for step, _, _ in seen) == list(range(1, STEPS + 1)), "a replay differs"
-    assert len({grads for _, grads, _ in seen}) == steps == STEPS
-    return len(lines) - len(seen)
+def check_lineage(folder, kind):
+    """Checks what was seen; returns how many steps were lost, and how many seen again."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["optimizer"]["dpbridge"]
+    replayed = kind.check(read_log(folder), state["ledger"])
+    return sum(read_log(folder, "lost.jsonl")), replayed
 
 
 def in_child(action):
@@ -145,16 +218,19 @@ def in_child(action):
         os._exit(status)
 
 
-def run_once(folder, steps, delay):
+def run_once(folder, kind, steps, delay, *, is_saved, most=None):
     """Trains in a child, killed so many steps and seconds later; returns its status.
 
     Args:
-        folder: Of checkpoint and log.
+        folder: As in `train`.
+        kind: As in `train`.
         steps: How many; None to let it end.
         delay: In seconds, from then on.
+        is_saved: As in `train`.
+        most: As in `train`.
     """
     ready, told = os.pipe()
-    child = in_child(lambda: train(folder, told))
+    child = in_child(lambda: train(folder, kind, told, is_saved, most))
     os.close(told)
     if steps is not None:
         while steps > 0 and (made := len(os.read(ready, steps))):
@@ -168,11 +244,23 @@ def run_once(folder, steps, delay):
     return os.waitstatus_to_exitcode(status)
 
 
-def main(folder, kills, seed):
+def kill_one(folder, kind, seed):
+    """Kills a training that is at least five steps past its checkpoint, and goes on from there."""
+    # It waits before its end, so that it is there to be killed however late that comes.
+    delay, most = random.Random(seed).uniform(0.0, 0.005), kind.steps - 5
+    options = {"is_saved": lambda made: made == 10, "most": most}
+    killed = run_once(folder, kind, 15, delay, **options) != 0
+    run_once(folder, kind, None, 0.0, is_saved=lambda made: False)
+    return killed, *check_lineage(folder, kind)
+
+
+def kill_many(folder, kind, kills, seed):
     """Kills trainings at random moments until there were so many kills; checks all of them."""
-    torch.set_num_threads(1)
-    random.seed(seed)
-    moments, killed, replayed, lineage = random.Random(seed), 0, 0, 0
+
+    def is_saved(made):
+        return random.random() < 0.03
+
+    moments, killed, found, lineage = random.Random(seed), 0, [], 0
     while killed < kills:
         lineage += 1
         own = folder / str(lineage)
@@ -184,13 +272,21 @@ def main(folder, kills, seed):
             if moments.random() < 0.1:
                 steps, delay = 0, moments.uniform(0.0, 3.0)
             random.seed(moments.random())
-            is_done = run_once(own, steps, delay) == 0
+            is_done = run_once(own, kind, steps, delay, is_saved=is_saved) == 0
             killed += not is_done
         if not is_done:
-            run_once(own, None, 0.0)
-        replayed += check_lineage(own)
-    sys.stdout.write(json.dumps({"killed": killed, "replayed": replayed, "lineages": lineage}))
+            run_once(own, kind, None, 0.0, is_saved=is_saved)
+        found.append(check_lineage(own, kind))
+    lost, replayed = map(sum, zip(*found, strict=True))
+    return killed, lost, replayed
+
+
+def main(folder, kind, kills, seed):
+    torch.set_num_threads(1)
+    kind = {"planned": Planned, "endless": Endless}[kind](40 if kills == 1 else 400)
+    found = kill_one(folder, kind, seed) if kills == 1 else kill_many(folder, kind, kills, seed)
+    sys.stdout.write(json.dumps(dict(zip(("killed", "lost", "replayed"), found, strict=True))))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -536,25 +536,36 @@ def assert_same_run(one, other):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """What a run is after eight steps, and where its checkpoints are."""
-    folder, privacy = tmp_path_factory.mktemp("run"), private()
+    folder = tmp_path_factory.mktemp("run")
+    privacy = private(journal=folder / "journal.jsonl")
     saver = pl_callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
     at_epochs = pl_callbacks.ModelCheckpoint(folder, "end-{epoch}", save_top_k=-1)
     trainer = fit(Scheduled(), privacy, saver, at_epochs)
     return state_of(trainer, privacy), folder
 
 
-def assert_resumed(path, expected):
+class SeesLedger(pl.Callback):
+    """Notes how many steps are counted before any is made."""
+
+    def on_train_start(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        self.steps, self.position = optimizer.ledger.steps, optimizer.ledger.position
+
+
+def assert_resumed(path, expected, journal=None):
     """Where it is resumed seeds are other ones: those of the checkpoint are to be used."""
-    privacy = private(seed=99)
-    trainer = make_trainer(privacy)
+    privacy, seen = private(seed=99, journal=journal), SeesLedger()
+    trainer = make_trainer(privacy, seen)
     trainer.fit(Scheduled(), DataLoader(make_data(), BATCH), ckpt_path=path)
     assert_same_run(state_of(trainer, privacy), expected)
+    return seen
 
 
 @pytest.mark.parametrize("name", ["step=3", "step=4", "end-epoch=0"])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(uninterrupted, name):
     expected, folder = uninterrupted
-    assert_resumed(folder / f"{name}.ckpt", expected)
+    seen = assert_resumed(folder / f"{name}.ckpt", expected, folder / "journal.jsonl")
+    assert seen.position < seen.steps == expected[5]  # All are counted from the beginning.
 
 
 class Fails(Scheduled):

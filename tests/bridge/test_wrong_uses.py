@@ -218,7 +218,9 @@ DAMAGES = [
     (own(noise__seed="a"), "`seed` must be an integer, got 'a'"),
     (without("dpbridge", "noise", "seed"), "`seed` must be an integer, got None"),
     (own(ledger=[]), r"`state` must have the keys"),
-    (own(ledger__version=0), r"`state\['version'\]` must be 1, got 0"),
+    (own(ledger__version=0), r"`state\['version'\]` must be [12], got 0"),
+    (own(journal="3"), "`journal` must be an integer, got '3'"),
+    (own(journal=-1), "`journal` must be at least 0, got -1"),
 ]
 PLANNED = [
     (own(noise__run="a"), "`noise.run` must be an integer"),
@@ -229,7 +231,11 @@ PLANNED = [
     (own(ledger__steps="a"), r"`state\['steps'\]` must be an integer"),
     (own(ledger__steps=-1), r"`state\['steps'\]` must be at least 0"),
     (own(ledger__steps=99), r"`state\['steps'\]` must be at most the plan's 5, got 99"),
-    (own(ledger__steps=0), "must count every release in its ledger, got 0 steps"),
+    (own(ledger__steps=0), "`state` must be whole, got 0 unknown steps and position 1 of 0"),
+    (own(ledger__position=0), "must count every release in its ledger, got 0 steps"),
+    (own(ledger__position=2), "`state` must be whole"),
+    (own(ledger__position="a"), r"`state\['position'\]` must be an integer"),
+    (own(noise__steps=0), "must be of a run without a failed step, got one that has drawn batch 1"),
     (own(ledger__unknown_steps=3), "`state` must be whole, got 3 unknown steps"),
     (own(ledger__draws=3), "`state` must be whole"),
     (own(ledger__plan="x"), "must be what `config_to_dict` returns, got 'x'"),
