@@ -219,7 +219,8 @@ def _detach(call: Call, target: Tensor) -> Tensor:
 
 def _alias(call: Call, base: Tensor, apply: ViewOp) -> Any:
     if isinstance(call.result, (tuple, list)):
-        return [base.through(_part(apply, index)) for index in range(len(call.result))]
+        once = _Once(apply)
+        return [base.through(_part(once, index)) for index in range(len(call.result))]
     view = base.through(apply)
     if call.node.target is aten.detach.default:
         view.fixed = view.fixed or "the memory of the tensor that it was detached from"
@@ -228,6 +229,19 @@ def _alias(call: Call, base: Tensor, apply: ViewOp) -> Any:
 
 def _part(apply: ViewOp, index: int) -> ViewOp:
     return lambda array: apply(array)[index]
+
+
+class _Once:
+    """Takes an array apart once for all of its parts, so that their derivatives come together."""
+
+    def __init__(self, apply: ViewOp) -> None:
+        self._apply = apply
+        self._last: tuple[Any, Any] = (None, None)
+
+    def __call__(self, array: Any) -> Any:
+        if self._last[0] is not array:
+            self._last = (array, self._apply(array))
+        return self._last[1]
 
 
 @functools.cache

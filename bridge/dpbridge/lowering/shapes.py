@@ -109,7 +109,11 @@ def _narrow(call: Call, x: jax.Array, dim: int, start: int, length: int) -> jax.
 
 
 def _parts(call: Call, x: jax.Array, dim: int) -> list[jax.Array]:
-    ends = np.cumsum([part.shape[dim] for part in call.result]).tolist()
+    sizes = [part.shape[dim] for part in call.result]
+    if call.of_example:
+        # The derivative is one concatenation, where that of slices adds up what they are padded to.
+        return lax.split(x, sizes, dim % x.ndim)
+    ends = np.cumsum(sizes).tolist()
     starts = [0, *ends[:-1]]
     return [lax.slice_in_dim(x, *bounds, 1, dim) for bounds in zip(starts, ends, strict=True)]
 
@@ -138,6 +142,8 @@ def _vsplit(call: Call, x: jax.Array, how: Any) -> list[jax.Array]:
 
 @_register_view(aten.unbind.int)
 def _unbind(call: Call, x: jax.Array, dim: int = 0) -> list[jax.Array]:
+    if call.of_example:
+        return [jnp.squeeze(part, dim) for part in lax.split(x, (1,) * x.shape[dim], dim % x.ndim)]
     return [lax.index_in_dim(x, i, dim, keepdims=False) for i in range(x.shape[dim])]
 
 
