@@ -99,8 +99,8 @@ def test_frozen_parameters_cost_nothing():
     args = {"second": TWO_LAYERS["second"]}, frozen, normal(BATCH, 5)
     report = function.explain(*args)
     assert [row.parameters for row in report.rows] == [("['second']",)]
-    # Forward: two products. Clipped sum: one, fast and carefully.
-    assert count(jax.extend.core.primitives.dot_general_p, function, *args) == 4
+    # Forward: two products. Norms: one with ones a side. Clipped sum: one, fast and carefully.
+    assert count(jax.extend.core.primitives.dot_general_p, function, *args) == 6
 
 
 def test_unused_parameters_get_zeros():

@@ -29,7 +29,7 @@ def choose(block: Block, graph: Graph, batch_size: int, platform: str, strategy:
         platform: What JAX runs on.
         strategy: "auto", or the name of the form to take where it applies.
     """
-    options = _options(block, graph, batch_size)
+    options = _options(block, graph, batch_size, platform)
     named = [form for form in options if form.name == strategy]
     if strategy == "gram" and not named:
         named = [form for form in options if form.name == "outer"]
@@ -37,7 +37,7 @@ def choose(block: Block, graph: Graph, batch_size: int, platform: str, strategy:
     return min(named or options, key=lambda form: form.flops + byte * form.bytes)
 
 
-def _options(block: Block, graph: Graph, batch_size: int) -> list[Form]:
+def _options(block: Block, graph: Graph, batch_size: int, platform: str) -> list[Form]:
     product = _product(block, graph, batch_size)
     options: list[Form] = [product]
     rules = [use.rule for use in block.uses if isinstance(use.rule, Dense | Conv | Gather)]
@@ -47,7 +47,7 @@ def _options(block: Block, graph: Graph, batch_size: int) -> list[Form]:
     if len(rules) == 1:
         (rule,) = rules
         if isinstance(rule, Gather):
-            options.append(_merged(block, rule))
+            options.append(_merged(block, rule, scatters=platform == "cpu"))
         if isinstance(rule, Dense) and rule.sizes[1] == 1:
             return [*options, _outer(block, rule)]
     return [*options, _gram(block, rules, swapped, product)]
@@ -68,10 +68,10 @@ def _outer(block: Block, rule: Dense) -> Outer:
     return Outer(block, _plain(block.uses) + 2 * groups * (left + right), 0.0, rule)
 
 
-def _merged(block: Block, rule: Gather) -> Merged:
+def _merged(block: Block, rule: Gather, *, scatters: bool) -> Merged:
     _, rows, _, right = rule.sizes
-    flops = 2.0 * rows * rows * right + 4.0 * rows * right
-    return Merged(block, flops, 4.0 * rows * (rows + right), rule)
+    flops = rows * rows + 6.0 * rows * right if scatters else 2.0 * rows * rows * right
+    return Merged(block, flops + 4.0 * rows * right, 4.0 * rows * (rows + right), rule, scatters)
 
 
 def _gram(

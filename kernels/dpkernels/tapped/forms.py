@@ -151,7 +151,7 @@ class Product(Form):
     def fast(self, values: Values, limit: jax.Array) -> Found:
         def of_part(part: Any) -> tuple[Arrays, Arrays]:
             each = self._products(values, part)
-            squares = [jnp.sum(jnp.square(x).reshape(x.shape[0], -1), 1) for x in each]
+            squares = [rows.squared_norms(x) for x in each]
             return squares, each if self.is_stored else []
 
         at_once = self._at_once(values, False)
@@ -261,15 +261,21 @@ class Outer(Form):
 
 @dataclass(frozen=True)
 class Merged(Form):
-    """Looked-up rows, those of one index put together."""
+    """Looked-up rows, those of one index put together.
+
+    Attributes:
+        rule: The use's rule.
+        scatters: See `Gather.merged`.
+    """
 
     name: ClassVar[str] = "merged"
     rule: Gather
+    scatters: bool
 
     def fast(self, values: Values, limit: jax.Array) -> Found:
         site = self.block.uses[0].site
-        merged = self.rule.merged(values.saved[site], values.dy[site])
-        squares = jnp.sum(jnp.sum(jnp.square(merged), 2), 1)
+        merged = self.rule.merged(values.saved[site], values.dy[site], scatters=self.scatters)
+        squares = rows.squared_norms(merged)
         return Found([squares], [merged], jnp.ones(squares.shape, bool))
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:

@@ -56,20 +56,32 @@ class Gather:
         """Returns the Grams of both sides, `(batch, 1, rows, rows)`."""
         return self.rows(saved, dy).grams()
 
-    def merged(self, saved: list[jax.Array], dy: list[jax.Array]) -> jax.Array:
+    def merged(self, saved: list[jax.Array], dy: list[jax.Array], *, scatters: bool) -> jax.Array:
         """Returns gradients `(batch, rows, size)` with all those of one index in its first row.
 
         The others are zero, so that the norm of these is the norm of the gradient.
+
+        Args:
+            saved: What the site saved.
+            dy: Its gradients.
+            scatters: Whether rows are added one after the other, which is quick and always the
+                same on a CPU, rather than by a product with zeros and ones.
         """
         rows = self.rows(saved, dy)
+        right = rows.right[:, 0]
+        batch, count, size = right.shape
+        places = jnp.arange(count, dtype=jnp.int32)
+        if scatters:
+            into = _first_places(rows.left) + count * jnp.arange(batch, dtype=jnp.int32)[:, None]
+            zeros = jnp.zeros((batch * count, size), right.dtype)
+            flat = right.reshape(-1, size)
+            added = zeros.at[into.reshape(-1)].add(flat, mode="promise_in_bounds")
+            return added.reshape(right.shape)
         same = rows.left[:, :, None] == rows.left[:, None, :]
-        is_first = jnp.argmax(same, 2) == jnp.arange(same.shape[2])
-        chosen = (same & is_first[:, :, None]).astype(rows.right.dtype)
+        chosen = same & (jnp.argmax(same, 2) == places)[:, :, None]
+        batched = (((2,), (1,)), ((0,), (0,)))
         return lax.dot_general(
-            chosen,
-            rows.right[:, 0],
-            (((2,), (1,)), ((0,), (0,))),
-            precision=lax.Precision.HIGHEST,
+            chosen.astype(right.dtype), right, batched, precision=lax.Precision.HIGHEST
         )
 
     def scattered(self, saved: list[jax.Array], merged: jax.Array, factor: jax.Array) -> jax.Array:
@@ -111,6 +123,21 @@ class Gather:
         if _drops_outside(self.site.eqn):
             return inside, (index >= 0) & (index < length)
         return inside, jnp.ones(index.shape, bool)
+
+
+def _first_places(index: jax.Array) -> jax.Array:
+    """Returns, for every place of `(batch, rows)`, the first one of its row with the same index.
+
+    One place after the other: comparing all with all in one go, XLA on a CPU works every index out
+    anew for every comparison, which takes ten times as long.
+    """
+    count = index.shape[1]
+
+    def look_at(turn: jax.Array, first: jax.Array) -> jax.Array:
+        place = (count - 1 - turn).astype(jnp.int32)
+        return jnp.where(index == lax.dynamic_slice_in_dim(index, place, 1, 1), place, first)
+
+    return lax.fori_loop(0, count, look_at, jnp.zeros(index.shape, jnp.int32))
 
 
 def takes_rows(eqn: Any) -> bool:

@@ -146,10 +146,23 @@ def settle(sums: Sequence[Sum], length: int, limit: jax.Array) -> Norms:
 
 def outer_norms(left: jax.Array, right: jax.Array, limit: jax.Array) -> Norms:
     """Returns the norms where each group has one row, `(batch, groups, size)` on both sides."""
-    sides = [jnp.sum(jnp.square(side), 2) for side in (left, right)]
+    sides = [
+        squared_norms(side.reshape(-1, side.shape[2])).reshape(side.shape[:2])
+        for side in (left, right)
+    ]
     largest = jnp.maximum(*(jnp.max(side, 1, initial=0) for side in sides))
     total = jnp.sum(sides[0] * sides[1], 1)
     return Norms(total, (largest <= limit) & jnp.isfinite(total))
+
+
+def squared_norms(array: jax.Array) -> jax.Array:
+    """Returns the squared norm of every example's `(batch, ...)`.
+
+    As a product with ones, which XLA on a CPU does by vectors: a fifth of what its sum takes.
+    """
+    flat = array.reshape(array.shape[0], math.prod(array.shape[1:]))
+    ones = jnp.ones(flat.shape[1:], flat.dtype)
+    return lax.dot(jnp.square(flat), ones, precision=lax.Precision.HIGHEST)
 
 
 def widened(array: Any) -> jax.Array:
