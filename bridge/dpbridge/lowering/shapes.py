@@ -112,7 +112,7 @@ def _parts(call: Call, x: jax.Array, dim: int) -> list[jax.Array]:
     sizes = [part.shape[dim] for part in call.result]
     if call.of_example:
         # The derivative is one concatenation, where that of slices adds up what they are padded to.
-        return lax.split(x, sizes, dim % x.ndim)
+        return list(lax.split(x, sizes, dim % x.ndim))
     ends = np.cumsum(sizes).tolist()
     starts = [0, *ends[:-1]]
     return [lax.slice_in_dim(x, *bounds, 1, dim) for bounds in zip(starts, ends, strict=True)]
