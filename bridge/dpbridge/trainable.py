@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dpbridge.devices import check_device
 from dpkernels import _validate
 
 _SEED_HINT = "Leave it out to draw the seed from the operating system."
@@ -57,7 +58,7 @@ def check_model(model: Any) -> None:
             f"`model` must run on one device, got {type(model).__name__}; several are not "
             "supported yet. Pass the module inside it."
         )
-    device_of(model)
+    check_device(device_of(model))
 
 
 def device_of(model: nn.Module) -> torch.device:
