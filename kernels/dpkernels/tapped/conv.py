@@ -104,12 +104,16 @@ class Conv:
 
     def product(self, saved: list[jax.Array], dy: list[jax.Array]) -> jax.Array:
         """Returns the gradient of every example, `(batch, *kernel)`."""
+        return self.as_weight(self.raw_product(saved, dy), 1)
+
+    def raw_product(self, saved: list[jax.Array], dy: list[jax.Array]) -> jax.Array:
+        """Returns the same as it comes out: with one example's numbers in some other order."""
         inputs, outputs = self._inputs(saved[0]), self._outputs(dy[0])
         each = [
             self._contracted(self._patches(inputs[i : i + 1]), outputs[i : i + 1])
             for i in range(inputs.shape[0])
         ]
-        return self._as_kernel(jnp.stack(each), 1)
+        return jnp.stack(each)
 
     def weighted_sum(
         self, saved: list[jax.Array], dy: list[jax.Array], factor: jax.Array
@@ -122,7 +126,7 @@ class Conv:
             return self._contracted(self._patches(self._inputs(x)), outputs)
 
         total = sum_examples(part, (saved[0], dy[0], factor), self.at_once)
-        return self._as_kernel(total, 0)
+        return self.as_weight(total, 0)
 
     @property
     def at_once(self) -> int:
@@ -187,24 +191,39 @@ class Conv:
         rows = math.prod(self.out)
         return total.reshape(batch, self.groups, rows, rows)
 
+    @property
+    def _is_wide(self) -> bool:
+        """Whether a patch has more numbers than the output features.
+
+        On a CPU the larger of the two had better come last: 97 against 58 GFLOP/s for 576 and 64.
+        """
+        _, _, left, right = self.sizes
+        return self.groups == 1 and left > right
+
     def _contracted(self, patches: jax.Array, outputs: jax.Array) -> jax.Array:
-        """Sums over examples, images and places: `(groups, kernel * features, features)`."""
+        """Sums over examples, images and places: `(groups, kernel * features, features)`.
+
+        The last two are the other way round where patches are wide.
+        """
         left, right = (x.reshape(-1, *x.shape[-2:]) for x in (patches, outputs))
         exact = lax.Precision.HIGHEST
         if self.groups == 1:
-            total = lax.dot_general(
-                left[:, 0], right[:, 0], (((0,), (0,)), ((), ())), precision=exact
-            )
-            return total[None]
+            pair = (right[:, 0], left[:, 0]) if self._is_wide else (left[:, 0], right[:, 0])
+            return lax.dot_general(*pair, (((0,), (0,)), ((), ())), precision=exact)[None]
         return lax.dot_general(left, right, (((0,), (0,)), ((1,), (1,))), precision=exact)
 
-    def _as_kernel(self, array: jax.Array, lead: int) -> jax.Array:
-        """Brings `(..., groups, kernel * features, features)` to the axes of the kernel."""
-        features = array.shape[-2] // math.prod(self.kernel)
-        rank = len(self.kernel)
-        array = array.reshape(*array.shape[: lead + 1], *self.kernel, features, array.shape[-1])
-        at = [*range(lead), *(lead + i for i in (0, rank + 2, rank + 1, *range(1, rank + 1)))]
-        array = array.transpose(at)  # (..., groups, out, in, *kernel)
+    def as_weight(self, array: jax.Array, lead: int) -> jax.Array:
+        """Brings what `_contracted` returns, behind `lead` axes, to the axes of the kernel."""
+        rank, (groups, _, left, right) = len(self.kernel), self.sizes
+        features = left // math.prod(self.kernel)
+        array = array.reshape(*array.shape[:lead], groups, -1)
+        if self._is_wide:
+            array = array.reshape(*array.shape[:-1], right, *self.kernel, features)
+            order = (0, 1, rank + 2, *range(2, rank + 2))
+        else:
+            array = array.reshape(*array.shape[:-1], *self.kernel, features, right)
+            order = (0, rank + 2, rank + 1, *range(1, rank + 1))
+        array = array.transpose(*range(lead), *(lead + i for i in order))
         array = array.reshape(*array.shape[:lead], -1, *array.shape[lead + 2 :])
         back = [self._specs.rhs_spec.index(i) for i in range(rank + 2)]
         return array.transpose(*range(lead), *(lead + i for i in back))
