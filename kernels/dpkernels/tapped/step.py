@@ -13,6 +13,7 @@ from jax import lax
 from dpkernels.tapped import run
 from dpkernels.tapped.blocks import find_blocks
 from dpkernels.tapped.cost import choose
+from dpkernels.tapped.features_last import features_last
 from dpkernels.tapped.forms import Arrays, Form, Values
 from dpkernels.tapped.gather import takes_rows
 from dpkernels.tapped.graph import Graph, read
@@ -84,7 +85,7 @@ class Plan:
         platform: str,
     ) -> None:
         self.graph: Graph = read(
-            closed,
+            features_last(closed) if platform == "cpu" else closed,
             num_trainable=num_trainable,
             num_differentiated=num_differentiated,
             keeps_site=_is_lookup,
