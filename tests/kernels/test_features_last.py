@@ -9,6 +9,7 @@ from jax import lax
 from jax.extend.core import primitives
 
 from dpkernels.tapped.features_last import features_last
+from dpkernels.tapped.layout import bind_for
 
 NUMBERS = np.random.default_rng(0)
 SAME = ((1, 1), (1, 1))
@@ -118,6 +119,23 @@ def test_nothing_is_transposed_between_convolutions():
     # Of the input, and of what is broadcast from a number: zeros that ReLU compares with.
     assert moved.count(X.size) == 1
     assert closed.jaxpr.eqns[-1].outvars[0].aval.shape == (1, 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 10_000])
+def test_evaluated_convolution_is_the_same_for_every_batch_size(batch_size):
+    w = normal(64, 3, 3, 2)
+
+    def function(x):
+        return lax.conv_general_dilated(
+            x, w, (3, 4), ((1, 0), (-1, 2)), (1, 2), (2, 1), dimension_numbers=FIRST
+        )
+
+    (eqn,) = jax.make_jaxpr(function)(X).jaxpr.eqns
+    found, pull_back = jax.vjp(lambda x: bind_for("cpu", batch_size)(eqn, [x, w])[0], X)
+    expected, expected_pull_back = jax.vjp(function, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    dy = jnp.cos(jnp.arange(found.size, dtype=found.dtype)).reshape(found.shape)
+    np.testing.assert_allclose(*pull_back(dy), *expected_pull_back(dy), rtol=1e-4, atol=1e-4)
 
 
 def test_program_without_convolution_stays_as_it_is():

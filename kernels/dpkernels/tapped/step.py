@@ -92,7 +92,7 @@ class Plan:
         )
         self._num_differentiated = num_differentiated
         self.sites = self.graph.top.sites()
-        self._platform = platform
+        self._platform, self._batch_size = platform, batch_size
         self.forms: list[Form] = [
             choose(block, self.graph, batch_size, platform, strategy)
             for block in find_blocks(self.graph, Views(self.graph, num_trainable), clip_groups)
@@ -113,7 +113,7 @@ class Plan:
         """
         level, count = self.graph.top, self._num_differentiated
         outer = self.graph.evaluate(params, self.graph.constants)
-        bind_local = bind_for(self._platform)
+        bind_local = bind_for(self._platform, self._batch_size)
 
         def one(taps: list[Any], inputs: Arrays) -> Any:
             outputs, saved = run.evaluate(level, outer, inputs, taps, bind_local)
