@@ -72,25 +72,24 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> jax.Array:
     x = widen(x)
-    centered = x - _per_channel(_group_means(x, groups), x.shape)
+    centered = x - _group_means(x, groups)
     variance = _group_means(jnp.square(centered), groups)
-    y = centered * _per_channel(lax.rsqrt(variance + eps), x.shape)
+    y = centered * lax.rsqrt(variance + eps)
     return _affine(y, weight, bias, _channelwise(x))
 
 
 def _group_means(x: jax.Array, groups: int) -> jax.Array:
-    grouped = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
-    return jnp.mean(grouped, tuple(range(2, grouped.ndim)))
+    """Returns the means of groups of channels, one for each channel, `(batch, channels, 1, ...)`.
 
-
-def _per_channel(stat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Brings `(batch, groups)` to `(batch, channels, 1, ...)`.
-
-    So that x keeps its axes: with features last, XLA on a CPU takes three times as long where the
-    last axis is not all features but the few of a group.
+    By a product with ones, which brings a group's sum to each of its channels: XLA on a CPU would
+    look a channel's group up at every element.
     """
-    each = jnp.repeat(stat, shape[1] // stat.shape[1], 1)
-    return each.reshape(*shape[:2], *(1,) * (len(shape) - 2))
+    batch, channels, *space = x.shape
+    grouped = x.reshape(batch, groups, channels // groups, *space)
+    sums = jnp.sum(grouped, tuple(range(3, grouped.ndim)))
+    ones = jnp.ones((channels // groups, channels // groups), x.dtype)
+    means = jnp.matmul(sums, ones, precision=lax.Precision.HIGHEST) / (x[0].size // groups)
+    return means.reshape(batch, channels, *(1,) * len(space))
 
 
 @register_lowering(aten.instance_norm.default)
