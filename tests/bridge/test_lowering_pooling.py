@@ -1,5 +1,7 @@
 """Pools of every rank; the gradient of a maximum goes to the first of equal elements."""
 
+import math
+
 import pytest
 import torch.nn.functional as F
 
@@ -82,6 +84,18 @@ CASES = {
         tied(1, 2, 20),
     ),
     "without batch": (lambda x: [F.max_pool2d(x, 2), F.avg_pool2d(x, 2)], tied(2, 4, 6)),
+    "windows side by side at ties": (
+        lambda x: [
+            F.max_pool2d(x, (2, 3)),
+            F.max_pool2d(x, (3, 2), return_indices=True),
+            F.adaptive_max_pool2d(x, (2, 3)),
+        ],
+        tied(1, 2, 6, 6),
+    ),
+    "windows side by side with NaN": (
+        lambda x: F.max_pool2d(x.masked_fill(x == 1, math.nan), 2),
+        tied(1, 2, 6, 4),
+    ),
     "lp_pool": (lambda x: F.lp_pool2d(x, 2, 2), normal(1, 2, 4, 6)),
     "local_response_norm": (lambda x: F.local_response_norm(x, 3), normal(1, 5, 4, 4)),
 }

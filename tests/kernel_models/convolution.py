@@ -173,6 +173,18 @@ def several_images_an_example(p, x):
     return score(lax.conv_general_dilated(x, p["w"], (1, 1), "SAME"))
 
 
+# More output features than places: kernels that are left in their order.
+@conv({"w": (64, 2, 3, 2), "v": (64, 64, 2, 1)}, (2, 5, 4))
+def kernels_larger_than_patches(p, x):
+    y = convolve(x, p["w"], (2, 3), ((1, 1), (0, 2)), rhs_dilation=(1, 2))
+    return score(convolve(jnp.tanh(y), p["v"], (1, 1), ((0, -1), (1, -1)), lhs_dilation=(1, 2)))
+
+
+@conv({"w": (64, 2, 3)}, (2, 2), slow=True)
+def kernel_larger_than_patches_in_one_dimension(p, x):
+    return score(convolve(x, p["w"]))
+
+
 @conv({"w1": (3, 3, 1, 2), "w2": (3, 3, 2, 2), "w3": (2, 3)}, (6, 6, 1), slow=True)
 def two_convolutions_pooling_and_a_head(p, x):
     layouts = ("NHWC", "HWIO", "NHWC")

@@ -78,6 +78,12 @@ def _max_over(x: jax.Array, windows: Windows) -> tuple[jax.Array, jax.Array]:
 def _max_along(
     x: jax.Array, index: jax.Array, positions: np.ndarray, axis: int
 ) -> tuple[jax.Array, jax.Array]:
+    length = positions.shape[1]
+    is_tiling = np.array_equal(positions.ravel(), np.arange(x.shape[axis]))
+    if is_tiling and length <= _LONGEST_CHAIN:
+        # Windows side by side: to XLA on a CPU the padding of strided slices is slow.
+        columns = [_side_by_side(array, length, axis) for array in (x, index)]
+        return _first_largest(*columns)
     before = max(0, -int(positions.min()))
     after = max(0, int(positions.max()) + 1 - x.shape[axis])
     widths = [(before, after, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
@@ -85,12 +91,23 @@ def _max_along(
     x, index = lax.pad(x, _lowest(x.dtype), widths), lax.pad(index, index.dtype.type(0), widths)
     if positions.shape[1] > _LONGEST_CHAIN:
         return _search(x, index, positions, axis)
-    best, best_index = (_column(array, positions[:, 0], axis) for array in (x, index))
-    for column in positions.T[1:]:
-        other = _column(x, column, axis)
+    columns = [[_column(array, column, axis) for column in positions.T] for array in (x, index)]
+    return _first_largest(*columns)
+
+
+def _side_by_side(x: jax.Array, length: int, axis: int) -> list[jax.Array]:
+    split = x.reshape(*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
+    return [lax.index_in_dim(split, i, axis + 1, keepdims=False) for i in range(length)]
+
+
+def _first_largest(
+    values: list[jax.Array], indices: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    best, best_index = values[0], indices[0]
+    for other, other_index in zip(values[1:], indices[1:], strict=True):
         is_better = (other > best) | jnp.isnan(other)
         best = jnp.where(is_better, other, best)
-        best_index = jnp.where(is_better, _column(index, column, axis), best_index)
+        best_index = jnp.where(is_better, other_index, best_index)
     return best, best_index
 
 

@@ -21,6 +21,7 @@ def map_examples(fun: Callable[[PyTree], PyTree], rows: PyTree, at_once: int) ->
     batch_size = jax.tree.leaves(rows)[0].shape[0]
     if at_once >= batch_size:
         return fun(rows)
+    at_once = _even(batch_size, at_once)
     count = batch_size // at_once
     mapped = lax.map(lambda i: fun(_part(rows, i * at_once, at_once)), jnp.arange(count))
     mapped = jax.tree.map(lambda x: x.reshape(count * at_once, *x.shape[2:]), mapped)
@@ -35,6 +36,7 @@ def sum_examples(fun: Callable[[PyTree], PyTree], rows: PyTree, at_once: int) ->
     batch_size = jax.tree.leaves(rows)[0].shape[0]
     if at_once >= batch_size:
         return fun(rows)
+    at_once = _even(batch_size, at_once)
     count = batch_size // at_once
     rest = count * at_once
     total = fun(jax.tree.map(lambda x: x[rest:], rows)) if rest < batch_size else None
@@ -47,6 +49,17 @@ def sum_examples(fun: Callable[[PyTree], PyTree], rows: PyTree, at_once: int) ->
         return jax.tree.map(jnp.add, total, part), None
 
     return lax.scan(body, total, jnp.arange(count))[0]
+
+
+def _even(batch_size: int, at_once: int) -> int:
+    """Returns at most so many that nothing remains, if that needs no more than twice the turns.
+
+    What remains is a second program to compile.
+    """
+    return next(
+        (few for few in range(at_once, (at_once + 1) // 2 - 1, -1) if batch_size % few == 0),
+        at_once,
+    )
 
 
 def _part(rows: PyTree, start: jax.Array, length: int) -> PyTree:

@@ -197,8 +197,21 @@ class Product(Form):
         if not self.block.is_view:
             return dict(zip(self.block.params, totals, strict=True))
         view = self.block.uses[0].view
+        if self._only is not None:
+            return carry_back(values.graph, view, self._only.as_weight(totals[0], 0))
         shape = values.graph.avals[view.ref].shape
         return carry_back(values.graph, view, from_memory_order(totals[0], view, shape))
+
+    @property
+    def _only(self) -> Conv | None:
+        """The rule of a convolution whose kernel is used nowhere else.
+
+        Its products stay as they come out: bringing each into the order of the kernel costs more
+        than writing it.
+        """
+        rule = self.block.uses[0].rule
+        is_single = self.block.is_view and len(self.block.uses) == 1
+        return rule if is_single and isinstance(rule, Conv) else None
 
     def carefully_at_once(self, values: Values) -> int:
         """Returns for how many examples gradients are formed together where that is seldom."""
@@ -213,6 +226,9 @@ class Product(Form):
 
     def _products(self, values: Values, part: Any) -> Arrays:
         """Returns the gradient of every example: one array for a view, or one a parameter."""
+        if self._only is not None:
+            each = self._only.raw_product(part[0][0], part[1][0])
+            return [each.reshape(each.shape[0], -1)]
         by_ref: dict[int, Any] = {}
         flat: Any = 0
         for use, saved, dy in zip(self.block.uses, *part, strict=True):

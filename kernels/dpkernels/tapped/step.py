@@ -13,6 +13,7 @@ from jax import lax
 from dpkernels.tapped import run
 from dpkernels.tapped.blocks import find_blocks
 from dpkernels.tapped.cost import choose
+from dpkernels.tapped.features_last import features_last
 from dpkernels.tapped.forms import Arrays, Form, Values
 from dpkernels.tapped.gather import takes_rows
 from dpkernels.tapped.graph import Graph, read
@@ -84,14 +85,14 @@ class Plan:
         platform: str,
     ) -> None:
         self.graph: Graph = read(
-            closed,
+            features_last(closed) if platform == "cpu" else closed,
             num_trainable=num_trainable,
             num_differentiated=num_differentiated,
             keeps_site=_is_lookup,
         )
         self._num_differentiated = num_differentiated
         self.sites = self.graph.top.sites()
-        self._platform = platform
+        self._platform, self._batch_size = platform, batch_size
         self.forms: list[Form] = [
             choose(block, self.graph, batch_size, platform, strategy)
             for block in find_blocks(self.graph, Views(self.graph, num_trainable), clip_groups)
@@ -112,7 +113,7 @@ class Plan:
         """
         level, count = self.graph.top, self._num_differentiated
         outer = self.graph.evaluate(params, self.graph.constants)
-        bind_local = bind_for(self._platform)
+        bind_local = bind_for(self._platform, self._batch_size)
 
         def one(taps: list[Any], inputs: Arrays) -> Any:
             outputs, saved = run.evaluate(level, outer, inputs, taps, bind_local)
