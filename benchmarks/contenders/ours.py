@@ -55,7 +55,7 @@ class Ours(Contender):
     def compiled(self) -> Any:
         # Its executable is nobody's business but for a look at its size.
         with x64(), matmul_precision():
-            return self._program._run.lower(
+            return self._program._run.in_use.lower(
                 to_jax(self._trainable),
                 to_jax(self._program._frozen),
                 to_jax(self._batch.tensors),

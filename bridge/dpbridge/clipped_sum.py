@@ -1,6 +1,7 @@
 """One compiled program: per-example gradients of a torch model, clipped and summed in JAX."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,12 @@ from torch import nn
 from dpbridge._compat import matmul_precision
 from dpbridge.example_loss import ExampleLoss
 from dpbridge.exchange import finish, to_jax
+from dpbridge.fast_first import FastFirst
 from dpbridge.fingerprint import Fingerprint
 from dpbridge.mechanism import Mechanism
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.streams import Stream
 from dpbridge.trainable import check_parameters
-from dpkernels import BoundedSensitivityCallable
 from dpkernels.tapped.explain import Explanation
 from dpkernels.tree_clipping import widest
 
@@ -42,6 +43,8 @@ class Result(NamedTuple):
 class ClippedSum:
     """The program of one kind of batch, compiled once for each padded size.
 
+    The fast one of two, until a batch needs the other: see `FastFirst`.
+
     Args:
         loss: Of one example.
         model: The module.
@@ -51,7 +54,7 @@ class ClippedSum:
 
     Attributes:
         loss: Of one example.
-        ready_sizes: Padded sizes at which it has run and, unless that is off, was checked.
+        ready_sizes: See `FastFirst`.
         fingerprint: What the model was when it was last checked; keeps identities from reuse.
 
     Raises:
@@ -70,9 +73,14 @@ class ClippedSum:
         self.loss = loss
         check_parameters(model, trainable)
         self._frozen = {n: x for n, x in loss.tensors.items() if n not in trainable}
-        self._run = jax.jit(self._make(mechanism, scaling))
-        self.ready_sizes: set[int] = set()
+        self._run = self._make(mechanism, scaling)
+        self.ready_sizes = self._run.ready_sizes
         self.fingerprint: Fingerprint | None = None
+
+    @property
+    def is_careful(self) -> bool:
+        """See `FastFirst`."""
+        return self._run.is_careful
 
     def __call__(
         self,
@@ -103,7 +111,7 @@ class ClippedSum:
         """
         del kept
         with matmul_precision():
-            result = Result(
+            return Result(
                 *self._run(
                     to_jax(dict(trainable)),
                     to_jax(self._frozen),
@@ -115,8 +123,6 @@ class ClippedSum:
                     np.bool_(randomness),
                 )
             )
-        check_messages(self.loss.messages, result.holds)
-        return result
 
     def explain(
         self,
@@ -148,17 +154,18 @@ class ClippedSum:
         )
         return clipped_grad.explain(wide, keys_of(streams), rows)
 
-    def _make(self, mechanism: Mechanism, scaling: ScaledOptimizer | None) -> Callable[..., Any]:
+    def _make(self, mechanism: Mechanism, scaling: ScaledOptimizer | None) -> FastFirst:
         loss = self.loss
 
         def prepare(
+            clip: Callable[..., Any],
             trainable: Arrays,
             frozen: Arrays,
             rows: tuple[jax.Array, ...],
             l2_clip_norm: Any,
             second_moments: Arrays,
             randomness: Any,
-        ) -> tuple[BoundedSensitivityCallable, Arrays]:
+        ) -> tuple[Any, Arrays]:
             """Returns the clipped sum, of parameters and rows, and its parameters."""
 
             def loss_of_example(
@@ -176,9 +183,10 @@ class ClippedSum:
             # Half-precision parameters are differentiated through a cast, so that gradients are
             # clipped and summed in float32.
             wide = {name: array.astype(widest([array])) for name, array in trainable.items()}
-            return mechanism.clipped_grad(loss_of_example, l2_clip_norm, transform), wide
+            return clip(loss_of_example, l2_clip_norm, transform), wide
 
         def run(
+            is_fast: bool,
             trainable: Arrays,
             frozen: Arrays,
             rows: tuple[jax.Array, ...],
@@ -188,20 +196,29 @@ class ClippedSum:
             second_moments: Arrays,
             randomness: jax.Array,
         ) -> Any:
+            clip = mechanism.fast_clipped_grad if is_fast else mechanism.clipped_grad
             clipped_grad, wide = prepare(
-                trainable, frozen, rows, l2_clip_norm, second_moments, randomness
+                clip, trainable, frozen, rows, l2_clip_norm, second_moments, randomness
             )
-            sums, aux = clipped_grad(
+            found = clipped_grad(
                 wide, keys_of(streams), rows, is_padding_example=is_padding_example
             )
+            (sums, aux), needs_care = found if is_fast else (found, None)
             is_real = ~is_padding_example
             losses = jnp.where(is_real, aux.values, jnp.zeros((), aux.values.dtype))
             count = jnp.sum(is_real).astype(losses.dtype)
             holds = tuple(jnp.all(jnp.where(is_real, h, True)) for h in aux.aux)
-            return sums, jnp.sum(losses) / count, holds
+            result = sums, jnp.sum(losses) / count, holds
+            return (result, needs_care) if is_fast else result
 
-        self._prepare = prepare
-        return run
+        def check(result: tuple[Any, Any, tuple[jax.Array, ...]]) -> None:
+            check_messages(loss.messages, result[2])
+
+        self._prepare = partial(prepare, mechanism.clipped_grad)
+        # Gradients that are scaled are formed each by itself: there is one way alone.
+        has_fast = scaling is None and mechanism.fast_clipped_grad(lambda *_: None, 1.0) is not None
+        fast = jax.jit(partial(run, True)) if has_fast else None
+        return FastFirst(jax.jit(partial(run, False)), fast, check)
 
 
 def keys_of(streams: tuple[Stream, ...]) -> tuple[jax.Array, ...]:

@@ -18,6 +18,7 @@ from dpbridge.batches import Batch
 from dpbridge.clipped_sum import ClippedSum, Result, Tensors
 from dpbridge.example_loss import Arrays
 from dpbridge.exchange import to_jax
+from dpbridge.fast_first import FastFirst
 from dpbridge.fingerprint import Fingerprint
 from dpbridge.forward_program import ForwardProgram
 from dpbridge.mechanism import Mechanism
@@ -132,8 +133,14 @@ class SplitSum:
     def __init__(self, loss: "InnerProduct") -> None:
         self.loss = loss
         ((self._program, self._used),) = loss.calls
-        self.ready_sizes: set[int] = set()
+        self._sum = FastFirst(self._program.clipped_sum, self._program.fast_clipped_sum)
+        self.ready_sizes = self._sum.ready_sizes
         self.fingerprint: Fingerprint | None = None
+
+    @property
+    def is_careful(self) -> bool:
+        """See `Summing`. Forward is the same for both."""
+        return self._sum.is_careful
 
     def __call__(
         self,
@@ -159,7 +166,7 @@ class SplitSum:
                 randomness=randomness,
             )
         cotangents = dict(zip(self._used, to_jax(tuple(tensors[count:])), strict=True))
-        sums = self._program.clipped_sum(kept, cotangents, is_padding_example)
+        sums = self._sum(kept, cotangents, is_padding_example)
         return Result(sums, jnp.zeros(()), ())
 
 

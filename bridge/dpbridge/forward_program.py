@@ -1,6 +1,7 @@
 """A model's forward in JAX, for each example of a batch by itself."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -67,7 +68,8 @@ class ForwardProgram:
         self._trainable = frozenset(trainable)
         self._mechanism = mechanism
         self._forward = jax.jit(self._run)
-        self._backward = jax.jit(self._sum)
+        self._backward = jax.jit(partial(self._sum, False))
+        self._fast_backward = jax.jit(partial(self._sum, True))
 
     def in_torch(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """Returns the tensors that torch's own forward returns, under the program's autocast."""
@@ -128,6 +130,22 @@ class ForwardProgram:
             sums: dict[str, jax.Array] = self._backward(kept, dict(cotangents), is_padding_example)
         return sums
 
+    def fast_clipped_sum(
+        self, kept: Any, cotangents: Mapping[int, jax.Array], is_padding_example: np.ndarray
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Returns the same by the fast program, and whether it needs care: see `FastFirst`.
+
+        Args:
+            kept: As in `clipped_sum`.
+            cotangents: Likewise.
+            is_padding_example: Likewise.
+        """
+        with matmul_precision():
+            found: tuple[dict[str, jax.Array], jax.Array] = self._fast_backward(
+                kept, dict(cotangents), is_padding_example
+            )
+        return found
+
     def _run(
         self,
         trainable: Arrays,
@@ -168,8 +186,12 @@ class ForwardProgram:
         return outputs, [fine[i] for i in range(fine.shape[0])], kept
 
     def _sum(
-        self, kept: Any, cotangents: dict[int, jax.Array], is_padding_example: jax.Array
-    ) -> dict[str, jax.Array]:
+        self,
+        is_fast: bool,
+        kept: Any,
+        cotangents: dict[int, jax.Array],
+        is_padding_example: jax.Array,
+    ) -> Any:
         assert self._mechanism is not None
         halves = self._mechanism.clipped_vjp(lambda *_: None)
         assert halves is not None
@@ -178,7 +200,9 @@ class ForwardProgram:
             i: cotangents[i] if i in cotangents else jnp.zeros(shape, kind)
             for i, (shape, kind) in self._kinds(size).items()
         }
-        return dict(halves.backward(kept, filled, is_padding_example=is_padding_example))
+        backward = halves.backward.fast_fun if is_fast else halves.backward
+        assert backward is not None
+        return backward(kept, filled, is_padding_example=is_padding_example)
 
     def _kinds(self, size: int) -> dict[int, tuple[tuple[int, ...], Any]]:
         """Returns shape, examples first, and type of each output that has a gradient."""

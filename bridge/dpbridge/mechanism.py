@@ -64,6 +64,21 @@ class Mechanism(Protocol):
         """
         ...
 
+    def fast_clipped_grad(
+        self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
+    ) -> Callable[..., tuple[Any, jax.Array]] | None:
+        """Returns `clipped_grad` without what is seldom run: its `fast_fun`.
+
+        Args:
+            loss: See `clipped_grad`.
+            norm: Likewise.
+            transform: Likewise.
+
+        Returns:
+            None where there is no such thing, or `clipped_grad` is not known to have one.
+        """
+        ...
+
     def clipped_vjp(self, function: Callable[..., Any]) -> ClippedVjp | None:
         """Returns the halves of `clipped_grad` of `function(params, key, rows)`.
 
@@ -131,6 +146,12 @@ class GaussianMechanism:
             **_ARGUMENTS,
         )
 
+    def fast_clipped_grad(
+        self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
+    ) -> Callable[..., tuple[Any, jax.Array]] | None:
+        """See `Mechanism`."""
+        return self.clipped_grad(loss, norm, transform).fast_fun
+
     def clipped_vjp(self, function: Callable[..., Any]) -> ClippedVjp | None:
         """See `Mechanism`: its norm may be traced, so it cannot."""
         del function
@@ -195,6 +216,14 @@ class PlanMechanism:
         del norm
         options = {} if transform is None else {"pre_clipping_transform": transform}
         return self.plan.clipped_grad(loss, **_ARGUMENTS, **options)
+
+    def fast_clipped_grad(
+        self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
+    ) -> Callable[..., tuple[Any, jax.Array]] | None:
+        """See `Mechanism`. A plan made by hand is taken as it is."""
+        if not isinstance(self.plan.clipped_grad, PlannedClipping):
+            return None
+        return self.clipped_grad(loss, norm, transform).fast_fun
 
     def clipped_vjp(self, function: Callable[..., Any]) -> ClippedVjp | None:
         """See `Mechanism`."""

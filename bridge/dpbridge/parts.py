@@ -23,12 +23,18 @@ class Summing(Protocol):
 
     Attributes:
         loss: Of one example.
-        ready_sizes: Padded sizes at which it has run and, unless that is off, was checked.
+        ready_sizes: Padded sizes at which it has run and, unless that is off, was checked; none
+            any more once it has become careful.
         fingerprint: What the model was when it was last looked up.
+        is_careful: Whether it has gone over to the careful one of its two programs, in a call
+            with a batch that needed it: see `FastFirst`.
     """
 
     ready_sizes: set[int]
     fingerprint: Fingerprint | None
+
+    @property
+    def is_careful(self) -> bool: ...  # noqa: D102
 
     @property
     def loss(self) -> ExampleLoss: ...  # noqa: D102

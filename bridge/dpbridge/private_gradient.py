@@ -135,6 +135,8 @@ class PrivateGradient:
             kept=part.kept,
         )
         loss = settle(result)
+        # If this batch was the first to need care, it is of a program that was not checked.
+        self._make_ready(clipped_sum, part, trainable, tensors)
         return result.sums if self._sums is None else _add(self._sums, result.sums), loss
 
     def padded_size(self, size: int) -> int:
@@ -232,6 +234,21 @@ class PrivateGradient:
         if program is None:
             program = part.lower(self.model, trainable, self.mechanism, self.scaling)
         if size not in program.ready_sizes:
+            self._make_ready(program, part, trainable, tensors)
+            self._programs.file(kind, program)
+        return program
+
+    def _make_ready(
+        self,
+        program: Summing,
+        part: Part,
+        trainable: Tensors,
+        tensors: tuple[torch.Tensor, ...],
+    ) -> None:
+        """Checks the program for batches of this size, if that is still to be done."""
+        size = tensors[0].shape[0]
+        while size not in program.ready_sizes:
+            was_careful = program.is_careful
             if self.self_check:
                 check_gradients(
                     program,
@@ -242,9 +259,8 @@ class PrivateGradient:
                     is_clipped=not self.mechanism.has_given_norm,
                     clips_together=self.mechanism.clips_together,
                 )
-            program.ready_sizes.add(size)
-            self._programs.file(kind, program)
-        return program
+            if program.is_careful == was_careful:  # Otherwise it was one and then the other.
+                program.ready_sizes.add(size)
 
 
 @jax.jit

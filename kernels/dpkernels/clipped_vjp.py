@@ -151,9 +151,9 @@ def clipped_vjp(
         tree = jax.tree.unflatten(structures[0], outputs)
         return (tree, aux, kept) if has_aux else (tree, kept)
 
-    def backward(
-        kept: Kept, cotangents: PyTree, *, is_padding_example: jax.Array | None = None
-    ) -> PyTree:
+    def either(
+        kept: Kept, cotangents: PyTree, is_padding_example: jax.Array | None, is_careful: bool
+    ) -> tuple[PyTree, jax.Array]:
         leaves, structure = jax.tree.flatten(cotangents)
         if structure != kept.structure or not leaves:
             raise ValueError(
@@ -161,11 +161,23 @@ def clipped_vjp(
                 f"{structure}. Pass one for each output, zeros where the loss ignores it."
             )
         mask = padding_mask(is_padding_example, leaves[0].shape[0])
-        sums, _ = kept.tapped.backward(kept.params, kept.residuals, leaves, mask)
-        return normalized(sums, normalize_by)
+        sums, _, needs_care = kept.tapped.backward(
+            kept.params, kept.residuals, leaves, mask, is_careful=is_careful
+        )
+        return normalized(sums, normalize_by), jnp.any(needs_care)
+
+    def backward(
+        kept: Kept, cotangents: PyTree, *, is_padding_example: jax.Array | None = None
+    ) -> PyTree:
+        return either(kept, cotangents, is_padding_example, True)[0]
+
+    def fast(
+        kept: Kept, cotangents: PyTree, *, is_padding_example: jax.Array | None = None
+    ) -> tuple[PyTree, jax.Array]:
+        return either(kept, cotangents, is_padding_example, False)
 
     bound = norm_bound(l2_clip_norm, rescale_to_unit_norm, None) / normalize_by
-    return ClippedVjp(forward, BoundedSensitivityCallable(backward, bound, False))
+    return ClippedVjp(forward, BoundedSensitivityCallable(backward, bound, False, fast_fun=fast))
 
 
 def _check_outputs(leaves: Sequence[jax.Array]) -> None:

@@ -53,12 +53,16 @@ class BoundedSensitivityCallable:
         l2_norm_bound: The most that one example can add to its value, in L2 norm.
         has_aux: Whether it returns `(value, aux)`. The bound is about `value` alone.
         explain_fun: What `explain` calls, or None.
+        fast_fun: The function without what is seldom run, or None where there is no such thing;
+            called alike. It returns `(result, needs_care)`: where that scalar is true, the result
+            has no bound, must not be used, and the function itself is to be called.
     """
 
     bounded_sensitivity_fun: Callable[..., Any]
     l2_norm_bound: float
     has_aux: bool
     explain_fun: Callable[..., Explanation] | None = None
+    fast_fun: Callable[..., tuple[Any, jax.Array]] | None = None
 
     def __call__(self, *args: Any, is_padding_example: jax.Array | None = None) -> Any:
         """Calls the function.
@@ -309,28 +313,38 @@ def _tapped(
         )
         return params, examples, gradient
 
-    def summed(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
+    def either(
+        args: Sequence[Any], is_padding_example: jax.Array | None, is_careful: bool
+    ) -> tuple[Any, jax.Array]:
         params, examples, gradient = prepare(args)
         is_padding = padding_mask(is_padding_example, examples.batch_size)
-        value, (values, aux, norms) = sum_over_microbatches(
-            lambda rows, is_padding: gradient(params, rows, is_padding, spmd_axis_name),
+        value, (values, aux, norms, needs_care) = sum_over_microbatches(
+            lambda rows, is_padding: gradient(
+                params, rows, is_padding, spmd_axis_name, is_careful=is_careful
+            ),
             examples.rows,
             is_padding,
             microbatch_size,
         )
         value = normalized(value, normalize_by)
         if not any(returned):
-            return value
+            return value, jnp.any(needs_care)
         if keep_batch_dim:
             aux = jax.tree.map(_drop_axis_1, aux)
         chosen = (
             x if wanted else None for x, wanted in zip((values, norms, aux), returned, strict=True)
         )
-        return value, Aux(*chosen)
+        return (value, Aux(*chosen)), jnp.any(needs_care)
+
+    def summed(*args: Any, is_padding_example: jax.Array | None = None) -> Any:
+        return either(args, is_padding_example, True)[0]
+
+    def fast(*args: Any, is_padding_example: jax.Array | None = None) -> tuple[Any, jax.Array]:
+        return either(args, is_padding_example, False)
 
     bound = norm_bound(l2_clip_norm, rescale_to_unit_norm, None) / normalize_by
     return BoundedSensitivityCallable(
-        summed, bound, any(returned), lambda *args: prepare(args)[2].explain()
+        summed, bound, any(returned), lambda *args: prepare(args)[2].explain(), fast
     )
 
 

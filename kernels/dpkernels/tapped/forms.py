@@ -98,6 +98,11 @@ class Form(abc.ABC):
     def fast(self, values: Values, limit: jax.Array) -> Found:
         """Returns norms; `limit` is how large the energy of a row may be (`rows.settle`)."""
 
+    def mended(self, values: Values, found: Found) -> Found:
+        """Returns what `fast` found, with careful norms where this form loses digits by itself."""
+        del values
+        return found
+
     @abc.abstractmethod
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
         """Returns `(batch,)` norms of the gradients themselves, for each of `norm_params`."""
@@ -110,7 +115,7 @@ class Form(abc.ABC):
 
         Args:
             values: The arrays.
-            kept: What `fast` kept.
+            kept: What `fast` kept, or `mended`.
             factors: `(batch,)`, for each of `norm_params`.
             keep: None if all numbers are finite; otherwise `(batch,)` bools that say of which
                 examples anything is to be taken, and the sums go with careful norms.
@@ -327,14 +332,18 @@ class Gram(Form):
             values.of(self.block.uses),
             max(1, int(_AT_ONCE // max(1.0, self.bytes))),
         )
+        return Found([found.squared], [], found.is_safe)
+
+    def mended(self, values: Values, found: Found) -> Found:
+        (squares,) = found.squares
 
         def from_products() -> jax.Array:
             (norms,) = self._norms_formed_anew(values)
-            return jnp.where(found.is_safe, found.squared, jnp.square(norms))
+            return jnp.where(found.is_safe, squares, jnp.square(norms))
 
         # Few blocks lose digits in a batch, if any, and only theirs are formed.
         is_safe = jnp.all(found.is_safe)
-        squared = lax.cond(is_safe, lambda: found.squared, from_products)
+        squared = lax.cond(is_safe, lambda: squares, from_products)
         return Found([squared], [is_safe], jnp.isfinite(squared))
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
@@ -347,11 +356,12 @@ class Gram(Form):
             at_once = self.product.carefully_at_once(values)
             return self.product.sums_formed_anew(values, factors, keep, at_once)
 
+        def plain() -> dict[int, jax.Array]:
+            return self._plain_sum(values, self.rules, factors[0])
+
         if keep is not None:
             return from_products()
-        return lax.cond(
-            kept[0], lambda: self._plain_sum(values, self.rules, factors[0]), from_products
-        )
+        return lax.cond(kept[0], plain, from_products) if kept else plain()
 
     def _norms_formed_anew(self, values: Values) -> Arrays:
         return self.product.norms_formed_anew(values, self.product.carefully_at_once(values))

@@ -100,22 +100,30 @@ class Tapped:
         residuals: Residuals,
         cotangents: list[jax.Array],
         is_padding_example: jax.Array,
-    ) -> tuple[PyTree, jax.Array]:
-        """Returns the clipped sums, and `(batch,)` norms of all together.
+        *,
+        is_careful: bool = True,
+    ) -> tuple[PyTree, jax.Array, jax.Array]:
+        """Returns the clipped sums, `(batch,)` norms of all together, and what needs care.
 
         Args:
             params: The leaves that `forward` had.
             residuals: What it returned.
             cotangents: Of what is differentiated, `(batch, ...)`.
             is_padding_example: `(batch,)` bools.
+            is_careful: See `Plan.backward`; without it nothing may need care, see `Clipped`.
         """
-        sums, norms = self.plan.backward(
-            list(params), residuals, cotangents, is_padding_example, self._clipping
+        sums, norms, needs_care = self.plan.backward(
+            list(params),
+            residuals,
+            cotangents,
+            is_padding_example,
+            self._clipping,
+            is_careful=is_careful,
         )
         norm = norms[0]
         for other in norms[1:]:
             norm = jnp.hypot(norm, other)
-        return jax.tree.unflatten(self._params_tree, sums), norm
+        return jax.tree.unflatten(self._params_tree, sums), norm, needs_care
 
 
 class TappedGradient(Tapped):
@@ -152,13 +160,17 @@ class TappedGradient(Tapped):
         examples: PyTree,
         is_padding_example: jax.Array,
         spmd_axis_name: str | None,
-    ) -> tuple[PyTree, tuple[jax.Array, PyTree, jax.Array]]:
-        """Returns the sums, and `(batch,)` losses, auxiliary outputs and norms of all together."""
+        *,
+        is_careful: bool = True,
+    ) -> tuple[PyTree, tuple[jax.Array, PyTree, jax.Array, jax.Array]]:
+        """Returns the sums, and `(batch,)` losses, auxiliary outputs, norms and what needs care."""
         leaves = jax.tree.leaves(params)
         (values,), aux, residuals = self.forward(leaves, examples, spmd_axis_name)
         ones = [jnp.ones_like(values)]
-        sums, norms = self.backward(leaves, residuals, ones, is_padding_example)
-        return sums, (values, aux, norms)
+        sums, norms, needs_care = self.backward(
+            leaves, residuals, ones, is_padding_example, is_careful=is_careful
+        )
+        return sums, (values, aux, norms, needs_care)
 
 
 def _pulled_back(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jexc
@@ -53,6 +53,21 @@ class Residuals:
     saved: list[Arrays]
     pull_back: Callable[[Arrays], tuple[list[Any]]]
     constants: dict[int, Any]
+
+
+class Clipped(NamedTuple):
+    """What backward gives.
+
+    Attributes:
+        sums: The clipped sums, by parameter.
+        norms: `(batch,)` norms before clipping, for each clip norm.
+        needs_care: `(batch,)` bools: which norms were taken fast and cannot be relied on. If any,
+            sums and norms are not to be used, not even those of the others.
+    """
+
+    sums: Arrays
+    norms: Arrays
+    needs_care: jax.Array
 
 
 class Plan:
@@ -136,8 +151,10 @@ class Plan:
         cotangents: Arrays,
         is_padding_example: jax.Array,
         clipping: Clipping,
-    ) -> tuple[Arrays, Arrays]:
-        """Returns the clipped sums, and `(batch,)` norms before clipping for each clip norm.
+        *,
+        is_careful: bool = True,
+    ) -> Clipped:
+        """Returns clipped sums and norms.
 
         Args:
             params: The parameters.
@@ -145,6 +162,8 @@ class Plan:
             cotangents: `(batch, ...)`, of what is differentiated.
             is_padding_example: `(batch,)` bools.
             clipping: How to clip.
+            is_careful: Whether norms that cannot be relied on are taken anew, from the gradients
+                themselves. That is seldom, and half of what there is to compile.
         """
         (dy,) = residuals.pull_back(cotangents)
         values = Values(
@@ -154,7 +173,8 @@ class Plan:
             residuals.saved,
             run.by_site(self.graph.top, dy),
         )
-        return _Clipper(self.forms, clipping, is_padding_example).clipped(values)
+        clipper = _Clipper(self.forms, clipping, is_padding_example)
+        return clipper.carefully(values) if is_careful else clipper.fast(values)
 
 
 @dataclass(frozen=True)
@@ -165,23 +185,17 @@ class _Clipper:
     clipping: Clipping
     is_padding: jax.Array
 
-    def clipped(self, values: Values) -> tuple[Arrays, Arrays]:
-        """Returns the clipped sums, and the norms by clip norm."""
-        kind, bounds = widest(values.params), self.clipping.bounds
-        totals = [jnp.zeros(self.is_padding.shape, kind) for _ in bounds]
-        is_safe = jnp.ones(self.is_padding.shape, bool)
-        kept = []
-        for form in self.forms:
-            found = form.fast(values, self._limit(form, kind))
-            kept.append(found.kept)
-            is_safe &= found.is_safe
-            for group, squares in zip(self._groups(form), found.squares, strict=True):
-                totals[group] = totals[group] + squares.astype(kind)
-        for total, bound in zip(totals, bounds, strict=True):
-            # Squares this small have lost some of what they are the sum of.
-            is_lost = (jnp.asarray(bound, kind) < 1e-9) & (total < 1e-20)
-            is_safe &= jnp.isfinite(total) & ~is_lost
-        norms = [jnp.sqrt(total) for total in totals]
+    def fast(self, values: Values) -> Clipped:
+        """Returns what is found fast, and which norms cannot be relied on."""
+        kept, norms, is_safe = self._norms(values, is_mended=False)
+        # Norms and sums are of one gradient: it is not to be computed for each in its own way.
+        kept, saved, dy = lax.optimization_barrier((kept, values.saved, values.dy))
+        own = dataclasses.replace(values, saved=saved, dy=dy)
+        return Clipped(self._sums(own, kept, self._factors(norms), None), norms, ~is_safe)
+
+    def carefully(self, values: Values) -> Clipped:
+        """Returns what can be relied on, whatever the examples hold."""
+        kept, norms, is_safe = self._norms(values, is_mended=True)
 
         def fast(kept: list[Arrays], saved: list[Arrays], dy: list[Arrays]) -> Any:
             own = dataclasses.replace(values, saved=saved, dy=dy)
@@ -200,7 +214,29 @@ class _Clipper:
             factors = [jnp.where(keep, factor, 0) for factor in self._factors(chosen)]
             return self._sums(own, kept, factors, keep), chosen
 
-        return lax.cond(jnp.all(is_safe), fast, carefully, kept, values.saved, values.dy)
+        operands = kept, values.saved, values.dy
+        sums, norms = lax.cond(jnp.all(is_safe), fast, carefully, *operands)
+        return Clipped(sums, norms, jnp.zeros(is_safe.shape, bool))
+
+    def _norms(self, values: Values, *, is_mended: bool) -> tuple[list[Arrays], Arrays, jax.Array]:
+        """Returns what forms kept, the norms by clip norm, and which can be relied on."""
+        kind, bounds = widest(values.params), self.clipping.bounds
+        totals = [jnp.zeros(self.is_padding.shape, kind) for _ in bounds]
+        is_safe = jnp.ones(self.is_padding.shape, bool)
+        kept = []
+        for form in self.forms:
+            found = form.fast(values, self._limit(form, kind))
+            if is_mended:
+                found = form.mended(values, found)
+            kept.append(found.kept)
+            is_safe &= found.is_safe
+            for group, squares in zip(self._groups(form), found.squares, strict=True):
+                totals[group] = totals[group] + squares.astype(kind)
+        for total, bound in zip(totals, bounds, strict=True):
+            # Squares this small have lost some of what they are the sum of.
+            is_lost = (jnp.asarray(bound, kind) < 1e-9) & (total < 1e-20)
+            is_safe &= jnp.isfinite(total) & ~is_lost
+        return kept, [jnp.sqrt(total) for total in totals], is_safe
 
     def _groups(self, form: Form) -> list[int]:
         return [self.clipping.groups[i] for i in form.norm_params]
