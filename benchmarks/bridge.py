@@ -30,11 +30,11 @@ def make_parts(task: Task) -> Parts:
         stub: All of it, but for the program: its result of another run is put in its place.
     """
     whole, hollow = _Step(task), _Step(task)
-    stored, kernel = _hollow_out(hollow)
+    sums, kernel = _hollow_out(hollow)
     return {
         "step": whole.run,
         "kernel": kernel,
-        "noise": _noise(task, stored[0]),
+        "noise": _noise(task, sums),
         "base": _base(task),
         "stub": hollow.run,
     }
@@ -62,25 +62,26 @@ class _Step:
 
 
 def _hollow_out(step: _Step) -> tuple[Any, Callable[[], None]]:
-    """Replaces the program of a step by its result; returns that, and the program alone."""
+    """Replaces the program of a step by its result; returns its sums, and the program alone."""
     step.run()
     (program,) = step.optimizer._gradient._programs
-    run, calls = program._run, []
+    run, calls = program._run.in_use, []
 
     def record(*args: Any) -> Any:
         calls.append((args, jax.block_until_ready(run(*args))))
         return calls[-1][1]
 
-    program._run = record
+    program._run._fast = record
     step.run()
     ((args, stored),) = calls
-    program._run = lambda *_: stored
+    program._run._fast = lambda *_: stored
 
     def kernel() -> None:
         with x64(), matmul_precision():
             jax.block_until_ready(run(*args))
 
-    return stored, kernel
+    (sums, _, _), _ = stored
+    return sums, kernel
 
 
 def _noise(task: Task, sums: dict[str, jax.Array]) -> Callable[[], None]:
