@@ -29,6 +29,7 @@ def row(results):
     return json.loads((results / "tiny.json").read_text())["rows"]["tiny"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "jax", "ours"])
 def test_contender_finds_the_gradient_and_is_timed(row, name):
     found = row["contenders"][name]

@@ -196,6 +196,7 @@ def test_trainer_that_counts_the_tokens_of_a_batch_is_refused(tmp_path):
     assert private[1].ledger.steps == 0
 
 
+@pytest.mark.slow
 def test_trainer_in_half_precision_makes_the_steps_of_a_loop_under_autocast(tmp_path):
     """It wraps forward in autocast, and turns what that returns to float32."""
     private = privately()
