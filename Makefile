@@ -12,7 +12,7 @@ BENCH_STAMP = $(BENCH_VENV)/.complete
 # -P: with the checkout on sys.path, its folder kernels/ would pass for the Hugging Face package of that name.
 # Two processes at least: most of the time goes into compiling, which one process does on one core. A file
 # stays in one process, because its tests share what was compiled for them.
-PYTEST = $(PY) -P -m pytest -n auto --dist loadfile
+PYTEST = $(PY) -P -m pytest -n logical --dist loadfile
 
 DEMO_ARGS =
 PYTEST_ARGS =

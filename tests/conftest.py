@@ -35,7 +35,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The same examples in every run; no deadline, because a first call compiles.
 hypothesis.settings.register_profile(
-    "ci", deadline=None, derandomize=True, max_examples=25, print_blob=True
+    "ci", deadline=None, derandomize=True, max_examples=15, print_blob=True
 )
 # HYPOTHESIS_PROFILE=explore looks for new ones.
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)

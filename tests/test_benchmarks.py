@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# The harness runs for a quarter of a minute, and no user of the library runs it.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,7 +32,6 @@ def row(results):
     return json.loads((results / "tiny.json").read_text())["rows"]["tiny"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "jax", "ours"])
 def test_contender_finds_the_gradient_and_is_timed(row, name):
     found = row["contenders"][name]

@@ -79,9 +79,8 @@ def test_importing_leaves_what_the_user_set_about_the_gpu(monkeypatch):
 
 
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="only glibc is asked")
-@pytest.mark.parametrize(
-    ("keep", "is_kept"), [("1", True), pytest.param("0", False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "is_kept"), [("1", True), ("0", False)])
 def test_memory_that_a_step_frees_is_kept_for_the_next(keep, is_kept):
     code = """
 import resource, dpbridge, jax, jax.numpy as jnp

@@ -130,6 +130,7 @@ def test_trainer_makes_the_steps_of_a_loop_of_ones_own(tmp_path):
     assert_same_weights(model, train_in_a_loop_of_ones_own())
 
 
+@pytest.mark.slow
 def test_trainer_evaluates_and_follows_its_schedule(tmp_path):
     private = privately()
     options = {"eval_strategy": "epoch", "logging_steps": 1, "lr_scheduler_type": "linear"}
@@ -226,6 +227,7 @@ def test_trainer_with_a_loader_of_its_own_is_refused(tmp_path):
     assert optimizer.ledger.steps == 0
 
 
+@pytest.mark.slow
 def test_trainer_stops_where_the_plan_ends(tmp_path):
     private = privately()
     trainer = make_trainer(private, tmp_path, num_train_epochs=EPOCHS + 1)

@@ -130,7 +130,11 @@ def test_layers_of_other_names_are_refused():
         make_run(config)
 
 
-@pytest.mark.parametrize("config", [POISSON, BANDED], ids=["poisson", "banded"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(POISSON, marks=pytest.mark.slow), BANDED],
+    ids=["poisson", "banded"],
+)
 def test_noise_is_the_plans_own(config):
     quiet = type(config)(**{**vars(config), "noise_multiplier": 0.0})
     _, optimizer, loader = make_run(config)

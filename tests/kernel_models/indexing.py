@@ -109,6 +109,39 @@ def bag_of_embeddings(p, tokens):
     return score(p["table"][tokens].mean(0) @ p["w"])
 
 
+@indexing({"table": (7, 3)}, OUT_OF_RANGE)
+def bag_with_rows_outside(p, tokens):
+    """JAX looks up NaN there; the sum is kept from it."""
+    rows = p["table"].at[tokens].get(mode="fill", fill_value=0.5)
+    return score(rows.sum(0))
+
+
+@indexing({"table": (7, 3)}, integers(0, 3, 2, 3), slow=True)
+def bag_of_two_dimensional_tokens(p, tokens):
+    return score(p["table"][tokens].reshape(1, 6, 3).sum(1) / 3)
+
+
+@indexing({"table": (7,)}, TOKENS, slow=True)
+def bag_of_scalars(p, tokens):
+    return score(p["table"][tokens].sum())
+
+
+@indexing({"table": (7, 3)}, TOKENS, integers(0, 7, 4))
+def two_bags_of_one_table(p, tokens, others):
+    return score(p["table"][tokens].sum(0)) + score(p["table"][others].sum(0) - 0.5)
+
+
+@indexing({"table": (7, 3)}, TOKENS, (3,), slow=True)
+def bag_tied_to_the_head(p, tokens, x):
+    return score(p["table"].T @ (p["table"] @ (p["table"][tokens].mean(0) + x)))
+
+
+@indexing({"table": (7, 3)}, TOKENS, slow=True)
+def bag_whose_rows_are_used_as_well(p, tokens):
+    rows = p["table"][tokens]
+    return score(rows.sum(0)) + embed(rows)
+
+
 @indexing({"w": (9, 3)}, integers(0, 9), (4, 3))
 def dynamic_slice_by_data(p, start, x):
     return score(lax.dynamic_slice(p["w"], (start, jnp.zeros_like(start)), (4, 3)) * x)

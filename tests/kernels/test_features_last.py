@@ -83,7 +83,13 @@ def test_rewritten_program_returns_the_same(name):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TAILS)
+# Of the others the derivative is for `make test-slow`: they are moves of the same kinds.
+QUICK = {"group norm", "split", "pad", "concatenate", "second convolution", "loop"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TAILS]
+)
 def test_rewritten_program_has_the_same_derivative(name):
     function = leaves(lambda x, w: TAILS[name](conv(x, w)))
     rewritten = jexc.jaxpr_as_fun(features_last(jax.make_jaxpr(function)(X, W)))

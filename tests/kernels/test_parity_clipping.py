@@ -32,12 +32,11 @@ def inputs(size=6):
     "options",
     [
         {},
-        {"rescale_to_unit_norm": True},
-        {"normalize_by": 4.0},
+        {"rescale_to_unit_norm": True, "normalize_by": 4.0},
         {"keep_batch_dim": False},
         {"microbatch_size": 2},
         {"return_values": True, "return_grad_norms": True},
-        {"l2_clip_norm": 1e6},
+        pytest.param({"l2_clip_norm": 1e6}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -183,7 +183,7 @@ LOOK_UPS = {
     ("look_up", "dtype"),
     [
         ("dynamic_slice", jnp.int8),
-        ("take", jnp.uint8),
+        pytest.param("take", jnp.uint8, marks=pytest.mark.slow),
         pytest.param("dynamic_slice", jnp.uint8, marks=pytest.mark.slow),
         pytest.param("take", jnp.int8, marks=pytest.mark.slow),
     ],

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from dpkernels.tapped.conv import Conv
 from dpkernels.tapped.dense import Dense
-from dpkernels.tapped.gather import Gather
+from dpkernels.tapped.gather import Bag, Gather
 from dpkernels.tapped.generic import Generic
 from dpkernels.tapped.graph import Graph, Site
 from dpkernels.tapped.views import View, Views, apart, same_memory, walk_of
@@ -107,7 +107,7 @@ def _uses_of(index: int, site: Site, views: Views) -> list[Use]:
     shapes = [var.aval.size for var in (*site.eqn.invars, *site.eqn.outvars)] if site.eqn else []
     if len(site.weights) == 1 and all((*shapes, *site.loops)):
         view = views.of(site.weight_refs[0])
-        for kind in (Dense, Conv, Gather):
+        for kind in (Dense, Conv, Gather, Bag):
             rule = kind.match(site, view)
             if rule is not None:
                 return [Use(index, 0, view, rule)]

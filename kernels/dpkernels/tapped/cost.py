@@ -7,8 +7,8 @@ from typing import Any
 from dpkernels.tapped.blocks import Block, Use, are_comparable
 from dpkernels.tapped.conv import Conv
 from dpkernels.tapped.dense import Dense
-from dpkernels.tapped.forms import Form, Gram, Merged, Outer, Product, gradient_size
-from dpkernels.tapped.gather import Gather
+from dpkernels.tapped.forms import Counted, Form, Gram, Merged, Outer, Product, gradient_size
+from dpkernels.tapped.gather import Bag, Gather
 from dpkernels.tapped.graph import Graph
 
 # What moving a byte to and from memory costs, in floating point operations of a matrix product:
@@ -46,6 +46,8 @@ def _options(block: Block, graph: Graph, batch_size: int, platform: str) -> list
         return options
     if len(rules) == 1:
         (rule,) = rules
+        if isinstance(rule, Bag):
+            return [*options, _counted(block, rule)]
         if isinstance(rule, Gather):
             options.append(_merged(block, rule, scatters=platform == "cpu"))
         if isinstance(rule, Dense) and rule.sizes[1] == 1:
@@ -66,6 +68,11 @@ def _product(block: Block, graph: Graph, batch_size: int) -> Product:
 def _outer(block: Block, rule: Dense) -> Outer:
     groups, _, left, right = rule.sizes
     return Outer(block, _plain(block.uses) + 2 * groups * (left + right), 0.0, rule)
+
+
+def _counted(block: Block, rule: Bag) -> Counted:
+    _, rows, _, right = rule.sizes
+    return Counted(block, rows * rows + 2.0 * rows * right + 2.0 * right, 8.0 * rows, rule)
 
 
 def _merged(block: Block, rule: Gather, *, scatters: bool) -> Merged:
@@ -100,5 +107,7 @@ def _plain(uses: Sequence[Use]) -> float:
 def _plain_of(rule: Any) -> float:
     if isinstance(rule, Dense | Conv):
         return 2.0 * math.prod(rule.sizes)
+    if isinstance(rule, Gather):
+        return 2.0 * math.prod(rule.sizes) / rule.sizes[2]
     turns = math.prod(rule.site.loops)
     return 2.0 * turns * sum(math.prod(aval.shape) for aval in rule.site.avals)

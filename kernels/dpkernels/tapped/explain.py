@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import jax
 
 from dpkernels.tapped.forms import Form
+from dpkernels.tapped.gather import is_bag
 from dpkernels.tapped.graph import Graph, Site
 
 _HEADS = ("parameter", "shape", "sites", "form", "MFLOP", "MB")
@@ -21,8 +22,8 @@ class Row:
         shapes: Their shapes.
         sites: The equations that use them.
         form: "outer": norms of both sides of one outer product. "gram": inner products of all
-            rows. "merged": looked-up rows, those of one index put together. "product": the
-            gradient of every example.
+            rows. "merged": looked-up rows, those of one index put together. "counted": a sum of
+            them, by how often each was looked up. "product": the gradient of every example.
         flops: Floating point operations of norm and clipped sum, for the whole batch.
         bytes: What the form needs beside activations and their gradients, for the whole batch.
     """
@@ -89,7 +90,9 @@ def parameter_names(params: object) -> list[str]:
 
 
 def _describe(site: Site) -> str:
-    name = "identity" if site.eqn is None else site.eqn.primitive.name
+    name = "identity"
+    if site.eqn is not None:
+        name = "gather and sum" if is_bag(site.eqn) else site.eqn.primitive.name
     turns = math.prod(site.loops)
     return name if not site.loops else f"{name} × {turns} turns"
 

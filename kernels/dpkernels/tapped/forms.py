@@ -21,7 +21,7 @@ from dpkernels.tapped.blocks import Block, Use
 from dpkernels.tapped.chunks import map_examples, sum_examples
 from dpkernels.tapped.conv import Conv
 from dpkernels.tapped.dense import Dense
-from dpkernels.tapped.gather import Gather
+from dpkernels.tapped.gather import Bag, Gather
 from dpkernels.tapped.generic import Generic
 from dpkernels.tapped.graph import Graph
 from dpkernels.tapped.views import carry_back, from_memory_order, in_memory_order
@@ -309,6 +309,36 @@ class Merged(Form):
         merged = kept[0] if keep is None else only(keep, kept[0])
         total = self.rule.scattered(saved, merged, factors[0])
         return carry_back(values.graph, self.block.uses[0].view, total)
+
+
+@dataclass(frozen=True)
+class Counted(Form):
+    """A sum of looked-up rows: its gradient, and how often each row was looked up."""
+
+    name: ClassVar[str] = "counted"
+    rule: Bag
+
+    def fast(self, values: Values, limit: jax.Array) -> Found:
+        saved, dy = self._site(values)
+        energy = rows.squared_norms(rows.widened(dy[0]))
+        squares = energy * self.rule.squared_counts(saved).astype(energy.dtype)
+        return Found([squares], [], energy <= limit)
+
+    def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
+        saved, dy = self._site(values)
+        counts = jnp.sqrt(self.rule.squared_counts(saved))
+        (norms,) = _norms([rows.widened(dy[0])])
+        # Of rows that are all outside the table nothing is taken, whatever their gradient is.
+        return [jnp.where(counts == 0, 0, norms * counts.astype(norms.dtype))]
+
+    def sums(
+        self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
+    ) -> dict[int, jax.Array]:
+        return self._plain_sum(values, [self.rule], factors[0], keep)
+
+    def _site(self, values: Values) -> tuple[Arrays, Arrays]:
+        site = self.block.uses[0].site
+        return values.saved[site], values.dy[site]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows looked up in a table: embeddings."""
+"""Rows looked up in a table: embeddings, and bags of them."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives
 
+from dpkernels._compat import inner_jaxpr
 from dpkernels.tapped.graph import Site
 from dpkernels.tapped.rows import Rows, widened
 from dpkernels.tapped.views import View
@@ -40,17 +41,24 @@ class Gather:
         """Sizes of groups, rows, left (the table's length) and right (a row)."""
         table = self.site.eqn.invars[0].aval.shape
         right = math.prod(table[1:])
-        rows = math.prod(self.site.loops) * self.site.avals[0].size // max(1, right)
+        rows = math.prod(self.site.loops) * self._look_up.outvars[0].aval.size // max(1, right)
         return 1, rows, table[0], right
+
+    @property
+    def _look_up(self) -> Any:
+        """The equation that looks rows up."""
+        return self.site.eqn
 
     def rows(self, saved: list[jax.Array], dy: list[jax.Array]) -> Rows:
         """Returns the gradient as a sum of outer products with indices on the left."""
-        _, count, _, size = self.sizes
-        batch = dy[0].shape[0]
         index, is_inside = self._index(saved)
-        right = widened(dy[0]).reshape(batch, count, size)
-        right = jnp.where(is_inside[..., None], right, 0)
+        right = jnp.where(is_inside[..., None], self._right(dy), 0)
         return Rows(index, right[:, None])
+
+    def _right(self, dy: list[jax.Array]) -> jax.Array:
+        """Returns the gradients at the rows, `(batch, rows, size)`."""
+        _, count, _, size = self.sizes
+        return widened(dy[0]).reshape(-1, count, size)
 
     def grams(self, saved: list[jax.Array], dy: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Returns the Grams of both sides, `(batch, 1, rows, rows)`."""
@@ -72,7 +80,7 @@ class Gather:
         batch, count, size = right.shape
         places = jnp.arange(count, dtype=jnp.int32)
         if scatters:
-            into = _first_places(rows.left) + count * jnp.arange(batch, dtype=jnp.int32)[:, None]
+            into = _places(rows.left)[0] + count * jnp.arange(batch, dtype=jnp.int32)[:, None]
             zeros = jnp.zeros((batch * count, size), right.dtype)
             flat = right.reshape(-1, size)
             added = zeros.at[into.reshape(-1)].add(flat, mode="promise_in_bounds")
@@ -120,24 +128,87 @@ class Gather:
         if index.dtype.itemsize < 4:  # A small type may not hold the table's length.
             index = index.astype(jnp.int32)
         inside = jnp.clip(index, 0, length - 1).astype(jnp.int32)
-        if _drops_outside(self.site.eqn):
+        if _drops_outside(self._look_up):
             return inside, (index >= 0) & (index < length)
         return inside, jnp.ones(index.shape, bool)
 
 
-def _first_places(index: jax.Array) -> jax.Array:
-    """Returns, for every place of `(batch, rows)`, the first one of its row with the same index.
+@dataclass(frozen=True)
+class Bag(Gather):
+    """The sum of an example's rows, as `bags` makes it: each row has the gradient of the sum.
+
+    With n(v) rows of index v and the gradient c at the sum, the table's gradient has n(v) c in row
+    v, and the norm |c| times the root of the sum of n(v)².
+    """
+
+    @staticmethod
+    def match(site: Site, view: View) -> "Bag | None":
+        """Returns the use of the table if this equation is one."""
+        return Bag(site, view) if site.eqn is not None and is_bag(site.eqn) else None
+
+    @property
+    def _look_up(self) -> Any:
+        return inner_jaxpr(self.site.eqn).eqns[0]
+
+    def _right(self, dy: list[jax.Array]) -> jax.Array:
+        _, count, _, size = self.sizes
+        own = widened(dy[0]).reshape(-1, 1, size)
+        return jnp.broadcast_to(own, (own.shape[0], count, size))
+
+    def squared_counts(self, saved: list[jax.Array]) -> jax.Array:
+        """Returns `(batch,)` sums, over the indices, of the squares of how often each occurs."""
+        # n rows of an index count n each.
+        return jnp.sum(self._repeats(saved)[1], 1)
+
+    def weighted_sum(
+        self, saved: list[jax.Array], dy: list[jax.Array], factor: jax.Array
+    ) -> jax.Array:
+        """Returns the sum of the gradients of all examples, each times its factor.
+
+        What one example adds to a row is one product: added up n times, it would be rounded n
+        times, and to the same side.
+        """
+        is_first, counts = self._repeats(saved)
+        times = jnp.where(is_first, counts, 0)[..., None]
+        own = widened(dy[0]).reshape(dy[0].shape[0], 1, -1) * factor[:, None, None]
+        each = jnp.where(times == 0, 0, own * times.astype(own.dtype))
+        return self._added_up(self._index(saved)[0], each)
+
+    def _repeats(self, saved: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Returns which rows are the first of their index, and how many rows have that index.
+
+        None, for a row outside the table.
+        """
+        index, is_inside = self._index(saved)
+        first, counts = _places(jnp.where(is_inside, index, -1))
+        is_first = first == jnp.arange(index.shape[1], dtype=jnp.int32)
+        return is_first, jnp.where(is_inside, counts, 0).astype(jnp.float32)
+
+
+def _places(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns for every place the first one of its example with the same index, and their number.
 
     One place after the other: comparing all with all in one go, XLA on a CPU works every index out
     anew for every comparison, which takes ten times as long.
+
+    Args:
+        index: `(batch, rows)` integers.
     """
     count = index.shape[1]
 
-    def look_at(turn: jax.Array, first: jax.Array) -> jax.Array:
+    def look_at(turn: jax.Array, found: tuple[jax.Array, jax.Array]) -> Any:
+        first, counts = found
         place = (count - 1 - turn).astype(jnp.int32)
-        return jnp.where(index == lax.dynamic_slice_in_dim(index, place, 1, 1), place, first)
+        same = index == lax.dynamic_slice_in_dim(index, place, 1, 1)
+        return jnp.where(same, place, first), counts + same.astype(jnp.int32)
 
-    return lax.fori_loop(0, count, look_at, jnp.zeros(index.shape, jnp.int32))
+    zeros = jnp.zeros(index.shape, jnp.int32)
+    return lax.fori_loop(0, count, look_at, (zeros, zeros))
+
+
+def is_bag(eqn: Any) -> bool:
+    """Returns whether `bags` made the equation."""
+    return eqn.primitive is primitives.jit_p and takes_rows(inner_jaxpr(eqn).eqns[0])
 
 
 def takes_rows(eqn: Any) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpkernels.tapped import run
+from dpkernels.tapped.bags import with_bags
 from dpkernels.tapped.blocks import find_blocks
 from dpkernels.tapped.cost import choose
 from dpkernels.tapped.features_last import features_last
@@ -105,6 +106,7 @@ class Plan:
             num_differentiated=num_differentiated,
             keeps_site=_is_lookup,
         )
+        self.graph.top = with_bags(self.graph.top)
         self._num_differentiated = num_differentiated
         self.sites = self.graph.top.sites()
         self._platform, self._batch_size = platform, batch_size
