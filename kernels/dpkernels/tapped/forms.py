@@ -320,21 +320,24 @@ class Counted(Form):
 
     def fast(self, values: Values, limit: jax.Array) -> Found:
         saved, dy = self._site(values)
+        counts = self.rule.counts(saved)
         energy = rows.squared_norms(rows.widened(dy[0]))
-        squares = energy * self.rule.squared_counts(saved).astype(energy.dtype)
-        return Found([squares], [], energy <= limit)
+        squares = energy * rows.squared_norms(counts).astype(energy.dtype)
+        return Found([squares], [counts], energy <= limit)
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
-        saved, dy = self._site(values)
-        counts = jnp.sqrt(self.rule.squared_counts(saved))
-        (norms,) = _norms([rows.widened(dy[0])])
+        counts, norms = _norms([kept[0], rows.widened(self._site(values)[1][0])])
         # Of rows that are all outside the table nothing is taken, whatever their gradient is.
         return [jnp.where(counts == 0, 0, norms * counts.astype(norms.dtype))]
 
     def sums(
         self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
-        return self._plain_sum(values, [self.rule], factors[0], keep)
+        saved, dy = self._site(values)
+        if keep is not None:
+            dy = [only(keep, dy[0])]
+        total = self.rule.counted_sum(saved, dy, factors[0], kept[0])
+        return carry_back(values.graph, self.block.uses[0].view, total)
 
     def _site(self, values: Values) -> tuple[Arrays, Arrays]:
         site = self.block.uses[0].site

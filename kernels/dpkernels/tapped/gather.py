@@ -155,34 +155,25 @@ class Bag(Gather):
         own = widened(dy[0]).reshape(-1, 1, size)
         return jnp.broadcast_to(own, (own.shape[0], count, size))
 
-    def squared_counts(self, saved: list[jax.Array]) -> jax.Array:
-        """Returns `(batch,)` sums, over the indices, of the squares of how often each occurs."""
-        # n rows of an index count n each.
-        return jnp.sum(self._repeats(saved)[1], 1)
+    def counts(self, saved: list[jax.Array]) -> jax.Array:
+        """Returns `(batch, rows)`: at the first row of each index how many have it, otherwise 0."""
+        index, is_inside = self._index(saved)
+        first, counts = _places(jnp.where(is_inside, index, -1))
+        is_first = first == jnp.arange(index.shape[1], dtype=jnp.int32)
+        return jnp.where(is_first & is_inside, counts, 0).astype(jnp.float32)
 
-    def weighted_sum(
-        self, saved: list[jax.Array], dy: list[jax.Array], factor: jax.Array
+    def counted_sum(
+        self, saved: list[jax.Array], dy: list[jax.Array], factor: jax.Array, counts: jax.Array
     ) -> jax.Array:
         """Returns the sum of the gradients of all examples, each times its factor.
 
         What one example adds to a row is one product: added up n times, it would be rounded n
         times, and to the same side.
         """
-        is_first, counts = self._repeats(saved)
-        times = jnp.where(is_first, counts, 0)[..., None]
         own = widened(dy[0]).reshape(dy[0].shape[0], 1, -1) * factor[:, None, None]
+        times = counts[..., None]
         each = jnp.where(times == 0, 0, own * times.astype(own.dtype))
         return self._added_up(self._index(saved)[0], each)
-
-    def _repeats(self, saved: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Returns which rows are the first of their index, and how many rows have that index.
-
-        None, for a row outside the table.
-        """
-        index, is_inside = self._index(saved)
-        first, counts = _places(jnp.where(is_inside, index, -1))
-        is_first = first == jnp.arange(index.shape[1], dtype=jnp.int32)
-        return is_first, jnp.where(is_inside, counts, 0).astype(jnp.float32)
 
 
 def _places(index: jax.Array) -> tuple[jax.Array, jax.Array]:
