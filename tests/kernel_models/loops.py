@@ -24,10 +24,25 @@ def rnn(p, x):
     return score(run(lambda h, t: jnp.tanh(t @ p["w"] + h @ p["u"] + p["b"]), zeros(3, x), x))
 
 
-@loops(CELL, (6, 2), slow=True)
+@loops(CELL, (6, 2))
 def rnn_with_input_product_outside(p, x):
     inputs = x @ p["w"] + p["b"]
     return score(run(lambda h, t: jnp.tanh(t + h @ p["u"]), zeros(3, x), inputs))
+
+
+@loops({"w": (2, 3), "v": (2, 3), "u": (3, 3)}, (6, 2))
+def rnn_in_both_directions_with_input_products_outside(p, x):
+    def cell(h, t):
+        return jnp.tanh(h @ p["u"] + t)
+
+    there = run(cell, zeros(3, x), x @ p["w"])
+    return score(jnp.concatenate([there, run(cell, zeros(3, x), x @ p["v"], reverse=True)]))
+
+
+@loops(CELL, (6, 2), slow=True)
+def rnn_whose_input_product_is_used_as_well(p, x):
+    inputs = x @ p["w"] + p["b"]
+    return score(run(lambda h, t: jnp.tanh(t + h @ p["u"]), zeros(3, x), inputs) + inputs)
 
 
 @loops({"w": (3, 2), "u": (3, 3)}, (6, 2), slow=True)

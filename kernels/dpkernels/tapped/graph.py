@@ -68,6 +68,7 @@ class Site:
         avals: Their shapes and types.
         weights: Positions of the trainable inputs.
         loops: Lengths of the loops around it, outermost first.
+        has_tap: Whether its gradient is taken here; otherwise that of another site stands for it.
     """
 
     eqn: Any
@@ -76,6 +77,7 @@ class Site:
     avals: tuple[Any, ...]
     weights: tuple[int, ...]
     loops: tuple[int, ...]
+    has_tap: bool = True
 
     @property
     def saved(self) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ def evaluate(
         elif isinstance(step, Site):
             raw = operands if step.eqn is None else bind_local(step.eqn, operands)
             given = iter(tap)
-            results = [x + next(given) if _is_tapped(x) else x for x in raw]
+            results = [x + next(given) if tap and _is_tapped(x) else x for x in raw]
             kept = [operands[i] for i in step.saved]
         else:
             results, kept = _loop(step, outer, operands, tap, bind_local)
@@ -118,6 +118,8 @@ def _typed(values: Sequence[Any], kinds: Sequence[Any]) -> list[jax.Array]:
 
 
 def _tapped(site: Site) -> list[Any]:
+    if not site.has_tap:
+        return []
     return [aval for aval in site.avals if jnp.issubdtype(aval.dtype, jnp.inexact)]
 
 

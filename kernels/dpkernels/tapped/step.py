@@ -19,6 +19,7 @@ from dpkernels.tapped.forms import Arrays, Form, Values
 from dpkernels.tapped.gather import takes_rows
 from dpkernels.tapped.graph import Graph, read
 from dpkernels.tapped.layout import bind_for
+from dpkernels.tapped.shared import share_gradients
 from dpkernels.tapped.views import Views
 from dpkernels.tree_clipping import l2_norm, widest
 
@@ -106,7 +107,7 @@ class Plan:
             num_differentiated=num_differentiated,
             keeps_site=_is_lookup,
         )
-        self.graph.top = with_bags(self.graph.top)
+        self.graph.top, self._shared = share_gradients(with_bags(self.graph.top))
         self._num_differentiated = num_differentiated
         self.sites = self.graph.top.sites()
         self._platform, self._batch_size = platform, batch_size
@@ -167,13 +168,16 @@ class Plan:
             is_careful: Whether norms that cannot be relied on are taken anew, from the gradients
                 themselves. That is seldom, and half of what there is to compile.
         """
-        (dy,) = residuals.pull_back(cotangents)
+        (tapped,) = residuals.pull_back(cotangents)
+        dy = run.by_site(self.graph.top, tapped)
+        for site, other in self._shared.items():
+            dy[site] = dy[other]
         values = Values(
             self.graph,
             params,
             self.graph.evaluate(params, residuals.constants),
             residuals.saved,
-            run.by_site(self.graph.top, dy),
+            dy,
         )
         clipper = _Clipper(self.forms, clipping, is_padding_example)
         return clipper.carefully(values) if is_careful else clipper.fast(values)
