@@ -68,7 +68,8 @@ $(STAMP): EXTRA = dev
 $(BENCH_STAMP): EXTRA = bench
 
 # The stamp is written last: an environment whose building was cut short has none, and is built anew.
-# torch goes first and alone, see constraints.txt.
+# torch goes first and alone, see constraints.txt. Modules are compiled when they are first imported: most
+# of them never are, and compiling them all takes as long as the rest.
 $(STAMP) $(BENCH_STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo '`$(PYTHON)` must be Python 3.11 or newer. Name another one: make PYTHON=python3.12' >&2; exit 1; }
@@ -76,8 +77,8 @@ $(STAMP) $(BENCH_STAMP): setup.cfg pyproject.toml constraints.txt
 	  echo '`$(PYTHON)` must have venv and ensurepip. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --no-input -c constraints.txt torch
-	$(@D)/bin/python -m pip install --no-input -c constraints.txt -e '.[$(EXTRA)]'
+	$(@D)/bin/python -m pip install --no-input --no-compile -c constraints.txt torch
+	$(@D)/bin/python -m pip install --no-input --no-compile -c constraints.txt -e '.[$(EXTRA)]'
 	touch $@
 
 clean:

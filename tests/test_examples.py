@@ -25,7 +25,7 @@ SHORT = {
         *("--examples", "256", "--batch-size", "256", "--epochs", "8", "--drop", "0.5"),
     ],
     "huggingface_trainer.py": [
-        *("--examples", "256", "--batch-size", "256", "--epochs", "8", "--ceiling", "4.5"),
+        *("--examples", "64", "--batch-size", "64", "--epochs", "8", "--ceiling", "4.5"),
     ],
 }
 # What an example makes on demand: the option, the file, and how such a file begins.

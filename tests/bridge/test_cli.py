@@ -113,7 +113,10 @@ def test_json_holds_the_config_that_spends_what_is_stated(ask):
         (f"{SIZES} --sampling fixed", "REPLACE_ONE"),
         (f"{SIZES} --truncated-batch-size 30 --neighboring-relation replace-one", "REPLACE_ONE"),
         (f"{SIZES} --num-bands 2", "ADD_OR_REMOVE_ONE"),
-        (f"{SIZES} --num-bands 2 --neighboring-relation zero-out", "REPLACE_SPECIAL"),
+        pytest.param(
+            *(f"{SIZES} --num-bands 2 --neighboring-relation zero-out", "REPLACE_SPECIAL"),
+            marks=pytest.mark.slow,
+        ),
         (f"{SIZES} --num-bands 2 --truncated-batch-size 30", "REPLACE_SPECIAL"),
     ],
 )

@@ -322,12 +322,13 @@ def made_by_hand(plan):
 @pytest.mark.parametrize(
     ("plan", "has_fast"),
     [
-        (make_plan(), True),
-        (make_plan(microbatch_size=3), True),
-        (make_plan(strategy="materialize"), False),
-        (made_by_hand(make_plan()), False),
+        pytest.param(make_plan(), True, id="config"),
+        pytest.param(make_plan(microbatch_size=3), True, id="microbatches", marks=pytest.mark.slow),
+        pytest.param(
+            make_plan(strategy="materialize"), False, id="materialized", marks=pytest.mark.slow
+        ),
+        pytest.param(made_by_hand(make_plan()), False, id="by hand"),
     ],
-    ids=["config", "microbatches", "materialized", "by hand"],
 )
 def test_a_plan_has_a_fast_program_where_its_clipping_is_known_to(plan, has_fast):
     model = make_model()
@@ -347,7 +348,7 @@ def test_scaled_gradients_have_one_program():
 # The unchanged loop, whose program is in two halves
 
 
-@pytest.mark.parametrize("self_check", [False, True])
+@pytest.mark.parametrize("self_check", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_unchanged_loop_sees_to_a_bad_example(self_check):
     model = make_model()
     x, y = make_batch()
