@@ -98,8 +98,12 @@ class Dense:
         self, saved: list[jax.Array], dy: list[jax.Array], factor: jax.Array
     ) -> jax.Array:
         """Returns the sum of the gradients of all examples, each times its factor."""
-        weighted = widened(dy[0]) * per_example(factor, dy[0])
-        left, right = self._arranged(saved[0], self.x_axes), self._arranged(weighted, self.dy_axes)
+        rows = self.rows(saved, dy)
+        left, right = rows.left, rows.right
+        if left.shape[3] < right.shape[3]:  # The smaller side is the cheaper one to multiply.
+            left = left * per_example(factor, left)
+        else:
+            right = right * per_example(factor, right)
         if left.shape[1] == 1:
             return self._as_weight(_contracted(left[:, 0], right[:, 0]), 0)
         total = lax.dot_general(left, right, (((0, 2), (0, 2)), ((1,), (1,))), **_exact)
