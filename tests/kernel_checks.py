@@ -30,6 +30,12 @@ def strategies(*quick):
     return pytest.mark.parametrize("strategy", marked)
 
 
+def temporary_bytes(function, *args):
+    """Returns what the compiled function holds beside its arguments and results."""
+    compiled = jax.jit(function).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 class Truth:
     """The float64 loop over a model's examples.
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import dpkernels
+from kernel_checks import temporary_bytes
 
 TABLE = jnp.asarray(np.random.default_rng(0).normal(size=(9, 4)), jnp.float32)
 TOKENS = jnp.array([[1, 1, 1, 5], [0, 2, 3, 8], [7, 7, 7, 7]])
@@ -105,12 +106,7 @@ def test_no_row_is_formed():
     """That is what a bag is for: the step needs hardly more than one without privacy."""
     table, tokens = jnp.zeros((500, 64)), jnp.zeros((64, 128), jnp.int32)
 
-    def temporaries(function):
-        lowered = jax.jit(function).lower(table, tokens)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
-
-    plain = temporaries(lambda p, i: jax.grad(lambda p: jax.vmap(mean, (None, 0))(p, i).sum())(p))
-    private = temporaries(
-        dpkernels.clipped_grad(mean, l2_clip_norm=1.0, keep_batch_dim=False).fast_fun
-    )
+    gradient = jax.grad(lambda p, i: jax.vmap(mean, (None, 0))(p, i).sum())
+    plain = temporary_bytes(gradient, table, tokens)
+    private = temporary_bytes(clipped(mean).fast_fun, table, tokens)
     assert private <= 1.25 * plain

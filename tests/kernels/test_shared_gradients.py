@@ -8,6 +8,7 @@ from jax import lax
 import dpkernels
 from dpkernels.tapped.graph import read
 from dpkernels.tapped.shared import share_gradients
+from kernel_checks import temporary_bytes
 
 X = jnp.ones((5, 2))
 PARAMS = {"b": jnp.ones(3), "u": jnp.ones((3, 3)), "w": jnp.ones((2, 3))}
@@ -76,12 +77,7 @@ def test_gradients_of_a_recurrent_layer_are_held_once():
         cell = lambda h, t: (jnp.tanh(t + h @ p["u"]),) * 2  # noqa: E731
         return lax.scan(cell, jnp.zeros(128), x @ p["w"])[1].sum()
 
-    def temporaries(function):
-        compiled = jax.jit(function).lower(p, x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    plain = temporaries(jax.grad(lambda p, x: jax.vmap(loss, (None, 0))(p, x).sum()))
-    private = temporaries(
-        dpkernels.clipped_grad(loss, l2_clip_norm=1.0, keep_batch_dim=False).fast_fun
-    )
+    gradient = jax.grad(lambda p, x: jax.vmap(loss, (None, 0))(p, x).sum())
+    private = dpkernels.clipped_grad(loss, l2_clip_norm=1.0, keep_batch_dim=False).fast_fun
+    plain, private = (temporary_bytes(function, p, x) for function in (gradient, private))
     assert private / plain <= 1.1

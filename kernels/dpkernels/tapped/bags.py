@@ -3,7 +3,6 @@
 Then no row is formed, and none has a gradient of its own: that of the sum stands for all.
 """
 
-import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,7 @@ def with_bags(level: Level) -> Level:
 
     A bag is a look-up by data whose rows, and all of them, are summed, and used for nothing else.
     """
-    taken = collections.Counter(atom.index for atom in _all_taken(level) if isinstance(atom, Local))
+    taken = level.use_counts()
     takers = {
         atom.index: step
         for step in level.steps
@@ -38,10 +37,6 @@ def with_bags(level: Level) -> Level:
                 inside.update(id(x) for x in (step, *way[:-1]))
     steps = [bags.get(id(step), step) for step in level.steps if id(step) not in inside]
     return Level(level.inputs, steps, level.outputs)
-
-
-def _all_taken(level: Level) -> list[Any]:
-    return [*level.outputs, *(atom for step in level.steps for atom in step.inputs)]
 
 
 def _looks_up_by_data(site: Site) -> bool:

@@ -121,6 +121,11 @@ class Form(abc.ABC):
                 examples anything is to be taken, and the sums go with careful norms.
         """
 
+    def _at_only_use(self, values: Values) -> tuple[Arrays, Arrays]:
+        """Returns what the site of a block's only use saved, and its gradients."""
+        (saved,), (dy,) = values.of(self.block.uses)
+        return saved, dy
+
     def _plain_sum(
         self,
         values: Values,
@@ -275,8 +280,7 @@ class Outer(Form):
         return self._plain_sum(values, [self.rule], factors[0], keep)
 
     def _sides(self, values: Values) -> tuple[jax.Array, jax.Array]:
-        site = self.block.uses[0].site
-        pair = self.rule.rows(values.saved[site], values.dy[site])
+        pair = self.rule.rows(*self._at_only_use(values))
         return pair.left[:, :, 0], pair.right[:, :, 0]
 
 
@@ -294,8 +298,7 @@ class Merged(Form):
     scatters: bool
 
     def fast(self, values: Values, limit: jax.Array) -> Found:
-        site = self.block.uses[0].site
-        merged = self.rule.merged(values.saved[site], values.dy[site], scatters=self.scatters)
+        merged = self.rule.merged(*self._at_only_use(values), scatters=self.scatters)
         squares = rows.squared_norms(merged)
         return Found([squares], [merged], jnp.ones(squares.shape, bool))
 
@@ -305,7 +308,7 @@ class Merged(Form):
     def sums(
         self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
-        saved = values.saved[self.block.uses[0].site]
+        saved, _ = self._at_only_use(values)
         merged = kept[0] if keep is None else only(keep, kept[0])
         total = self.rule.scattered(saved, merged, factors[0])
         return carry_back(values.graph, self.block.uses[0].view, total)
@@ -319,29 +322,26 @@ class Counted(Form):
     rule: Bag
 
     def fast(self, values: Values, limit: jax.Array) -> Found:
-        saved, dy = self._site(values)
+        saved, dy = self._at_only_use(values)
         counts = self.rule.counts(saved)
         energy = rows.squared_norms(rows.widened(dy[0]))
         squares = energy * rows.squared_norms(counts).astype(energy.dtype)
         return Found([squares], [counts], energy <= limit)
 
     def careful_norms(self, values: Values, kept: Arrays) -> Arrays:
-        counts, norms = _norms([kept[0], rows.widened(self._site(values)[1][0])])
+        _, dy = self._at_only_use(values)
+        counts, norms = _norms([kept[0], rows.widened(dy[0])])
         # Of rows that are all outside the table nothing is taken, whatever their gradient is.
         return [jnp.where(counts == 0, 0, norms * counts.astype(norms.dtype))]
 
     def sums(
         self, values: Values, kept: Arrays, factors: Arrays, keep: jax.Array | None
     ) -> dict[int, jax.Array]:
-        saved, dy = self._site(values)
+        saved, dy = self._at_only_use(values)
         if keep is not None:
             dy = [only(keep, dy[0])]
         total = self.rule.counted_sum(saved, dy, factors[0], kept[0])
         return carry_back(values.graph, self.block.uses[0].view, total)
-
-    def _site(self, values: Values) -> tuple[Arrays, Arrays]:
-        site = self.block.uses[0].site
-        return values.saved[site], values.dy[site]
 
 
 @dataclass(frozen=True)

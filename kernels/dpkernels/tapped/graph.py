@@ -1,5 +1,6 @@
 """Read the program of one example: what does not depend on it, and where parameters meet data."""
 
+import collections
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -124,6 +125,11 @@ class Level:
         """Returns all sites, those of inner loops included, in order."""
         nested = ([s] if isinstance(s, Site) else _sites_of(s) for s in self.steps)
         return list(itertools.chain.from_iterable(nested))
+
+    def use_counts(self) -> collections.Counter[int]:
+        """Counts how often each local value is taken by a step, or returned."""
+        taken = [*self.outputs, *(atom for step in self.steps for atom in step.inputs)]
+        return collections.Counter(atom.index for atom in taken if isinstance(atom, Local))
 
 
 def _sites_of(step: Step) -> list[Site]:

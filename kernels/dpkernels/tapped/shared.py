@@ -5,7 +5,6 @@ The gradient is the same at both, and stacked by turns it would be held, and mul
 for the norm, twice.
 """
 
-import collections
 import dataclasses
 
 from jax.extend.core import primitives
@@ -20,8 +19,7 @@ def share_gradients(level: Level) -> tuple[Level, dict[int, int]]:
         The program of an example; and for the index of a site, as in `Level.sites`, that of the
         site whose gradient it has.
     """
-    taken = _count(level)
-    makers = {x.outputs[0]: x for x in level.steps if isinstance(x, Site) and len(x.outputs) == 1}
+    taken, makers = level.use_counts(), _sites_by_output(level)
     steps: list[Step] = []
     pairs: list[tuple[Site, Site]] = []
     for step in level.steps:
@@ -39,10 +37,9 @@ def share_gradients(level: Level) -> tuple[Level, dict[int, int]]:
     return changed, {places[id(one)]: places[id(other)] for one, other in pairs}
 
 
-def _count(level: Level) -> collections.Counter[int]:
-    """Counts how often each local value is taken."""
-    atoms = [*level.outputs, *(atom for step in level.steps for atom in step.inputs)]
-    return collections.Counter(atom.index for atom in atoms if isinstance(atom, Local))
+def _sites_by_output(level: Level) -> dict[int, Site]:
+    """Returns the level's sites with a single output."""
+    return {x.outputs[0]: x for x in level.steps if isinstance(x, Site) and len(x.outputs) == 1}
 
 
 def _split(step: Step) -> list[tuple[Atom, int]]:
@@ -57,8 +54,7 @@ def _split(step: Step) -> list[tuple[Atom, int]]:
 
 def _added_to(body: Level, index: int) -> Site | None:
     """Returns the site whose output is added to this value, both being used for nothing else."""
-    taken = _count(body)
-    sites = {x.outputs[0]: x for x in body.steps if isinstance(x, Site) and len(x.outputs) == 1}
+    taken, sites = body.use_counts(), _sites_by_output(body)
     for step in body.steps:
         if isinstance(step, Plain) and step.eqn.primitive is primitives.add_p:
             ends = [atom.index for atom in step.inputs if isinstance(atom, Local)]
