@@ -15,6 +15,7 @@ from dpbridge.example_loss import ExampleLoss
 from dpbridge.exchange import finish, to_jax
 from dpbridge.fast_first import FastFirst
 from dpbridge.fingerprint import Fingerprint
+from dpbridge.lasting import lasting_to_jax
 from dpbridge.mechanism import Mechanism
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.streams import Stream
@@ -113,13 +114,13 @@ class ClippedSum:
         with matmul_precision():
             return Result(
                 *self._run(
-                    to_jax(dict(trainable)),
-                    to_jax(self._frozen),
+                    lasting_to_jax(trainable),
+                    lasting_to_jax(self._frozen),
                     to_jax(tuple(tensors)),
                     is_padding_example,
                     streams,
                     np.float64(l2_clip_norm),
-                    to_jax(dict(second_moments or {})),
+                    lasting_to_jax(second_moments or {}),
                     np.bool_(randomness),
                 )
             )
@@ -145,11 +146,11 @@ class ClippedSum:
         """
         rows = to_jax(tuple(tensors))
         clipped_grad, wide = self._prepare(
-            to_jax(dict(trainable)),
-            to_jax(self._frozen),
+            lasting_to_jax(trainable),
+            lasting_to_jax(self._frozen),
             rows,
             1.0,
-            to_jax(dict(second_moments or {})),
+            lasting_to_jax(second_moments or {}),
             np.bool_(False),
         )
         return clipped_grad.explain(wide, keys_of(streams), rows)

@@ -21,6 +21,7 @@ from dpbridge.exchange import to_jax
 from dpbridge.fast_first import FastFirst
 from dpbridge.fingerprint import Fingerprint
 from dpbridge.forward_program import ForwardProgram
+from dpbridge.lasting import lasting_to_jax
 from dpbridge.mechanism import Mechanism
 from dpbridge.parts import Summing
 from dpbridge.scaling import ScaledOptimizer
@@ -159,7 +160,7 @@ class SplitSum:
         count = self._program.structure.num_tensors
         if kept is None:
             _, kept = self._program(
-                to_jax({**self._program.tensors, **trainable}),
+                lasting_to_jax({**self._program.tensors, **trainable}),
                 to_jax(tuple(tensors[:count])),
                 is_padding_example,
                 stream=streams[0],

@@ -1,5 +1,6 @@
 """What one logical step releases: a clipped sum with noise on it, over a public number."""
 
+import functools
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class GaussianMechanism:
     clips_together = True
     run = None
 
-    @property
+    @functools.cached_property
     def stddev(self) -> float:
         """Standard deviation of the noise on the sum."""
         function = self.clipped_grad(lambda *_: None, self.l2_clip_norm)

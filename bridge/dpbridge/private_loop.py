@@ -13,6 +13,7 @@ from dpbridge.exchange import to_jax
 from dpbridge.foreign_gradients import ForeignGradients, Regularizer
 from dpbridge.forward_calls import CallsPart, ForwardCall
 from dpbridge.forward_program import ForwardProgram
+from dpbridge.lasting import lasting_to_jax
 from dpbridge.lowering import autocast
 from dpbridge.private_forward import Outputs, attach, plain_forward
 from dpbridge.private_gradient import PrivateGradient
@@ -141,7 +142,8 @@ class PrivateLoop:
             return [x.clone() for x in program.layout.empty]
         size = self._gradient.padded_size(batch.size)
         with x64():
-            arrays, rows = to_jax(program.tensors), to_jax(pad(batch.tensors, size))
+            arrays = lasting_to_jax(program.tensors)
+            rows = to_jax(pad(batch.tensors, size))
             is_padding = np.arange(size) >= batch.size
             if size not in program.ready_sizes:
                 if self._gradient.self_check:
