@@ -128,12 +128,10 @@ class GaussianMechanism:
     clips_together = True
     run = None
 
-    @functools.cached_property
+    @property
     def stddev(self) -> float:
         """Standard deviation of the noise on the sum."""
-        function = self.clipped_grad(lambda *_: None, self.l2_clip_norm)
-        relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-        return self.noise_multiplier * function.sensitivity(relation)
+        return _stddev(self)
 
     def clipped_grad(
         self, loss: Callable[..., Any], norm: Any, transform: Transform | None = None
@@ -185,6 +183,14 @@ class GaussianMechanism:
                 "Load it into an optimizer with the plan that it was saved under."
             )
         return lambda: None
+
+
+@functools.lru_cache
+def _stddev(mechanism: GaussianMechanism) -> float:
+    """Kept, because each step asks for it and what clips a gradient takes a while to make."""
+    function = mechanism.clipped_grad(lambda *_: None, mechanism.l2_clip_norm)
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    return mechanism.noise_multiplier * function.sensitivity(relation)
 
 
 class PlanMechanism:

@@ -14,15 +14,16 @@ from torch.utils.hooks import RemovableHandle
 
 from dpbridge.batches import take_apart
 from dpbridge.budget import PrivacyBudget, needed_delta
+from dpbridge.endless_run import EndlessRun, make_mechanism
 from dpbridge.foreign_gradients import Regularizer
 from dpbridge.journal import Journal, checked_path
 from dpbridge.journal_lines import name_of
 from dpbridge.ledger import Ledger
 from dpbridge.plan_ledger import PlanLedger
 from dpbridge.plan_loader import PlanLoader
+from dpbridge.planned_run import PlannedRun, check_layers
 from dpbridge.private_gradient import PrivateGradient
 from dpbridge.private_loop import REDUCTIONS, PrivateLoop
-from dpbridge.runs import EndlessRun, PlannedRun, check_layers, make_mechanism
 from dpbridge.scaling import ScaledOptimizer
 from dpbridge.trainable import (
     check_model,

@@ -15,10 +15,10 @@ from dpbridge.forward_calls import CallsPart, ForwardCall
 from dpbridge.forward_program import ForwardProgram
 from dpbridge.lasting import lasting_to_jax
 from dpbridge.lowering import autocast
+from dpbridge.planned_run import PlannedRun
 from dpbridge.private_forward import Outputs, attach, plain_forward
 from dpbridge.private_gradient import PrivateGradient
 from dpbridge.programs import Programs
-from dpbridge.runs import PlannedRun
 from dpbridge.self_check import check_outputs
 from dpbridge.streams import dropout_stream
 from dpbridge.trainable import check_parameters, device_of

@@ -76,7 +76,9 @@ class Interrupted:
     """
 
     def __init__(self, *modules, at=None):
-        self.files = {str(Path(PACKAGE) / f"{module}.py") for module in modules}
+        paths = [Path(PACKAGE) / f"{module}.py" for module in modules]
+        assert all(path.exists() for path in paths)
+        self.files = {str(path) for path in paths}
         self.at, self.lines = at, 0
 
     def __enter__(self):
@@ -99,8 +101,9 @@ class Interrupted:
 
 
 # Those that decide what is released and what is recorded, in this order.
-OF_A_STEP = ("optimizer", "private_loop", "private_gradient", "mechanism", "runs", "ledger",
-             "plan_ledger", "foreign_gradients", "journal", "journal_lines")  # fmt: skip
+OF_A_STEP = ("optimizer", "private_loop", "private_gradient", "mechanism", "runs", "endless_run",
+             "planned_run", "ledger", "plan_ledger", "foreign_gradients", "journal",
+             "journal_lines")  # fmt: skip
 
 
 def visible(model):
@@ -287,8 +290,9 @@ def test_a_crash_at_any_line_of_a_step_leaves_nothing_uncounted(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_while_a_journal_is_read_leaves_nothing_uncounted(tmp_path):
     _, first, state = make_journaled(tmp_path / "journal.jsonl")
-    content, modules = (tmp_path / "journal.jsonl").read_bytes(), ("optimizer", "runs", "journal",
-        "private_gradient", "ledger", "journal_lines")  # fmt: skip
+    content = (tmp_path / "journal.jsonl").read_bytes()
+    modules = ("optimizer", "runs", "endless_run", "journal", "private_gradient", "ledger",
+               "journal_lines")  # fmt: skip
     lines, line, resumed = 1, 0, 0
     while line < lines:
         path = tmp_path / f"{line}.jsonl"

@@ -7,9 +7,11 @@ from typing import Any
 from dpkernels.tapped.blocks import Block, Use, are_comparable
 from dpkernels.tapped.conv import Conv
 from dpkernels.tapped.dense import Dense
-from dpkernels.tapped.forms import Counted, Form, Gram, Merged, Outer, Product, gradient_size
+from dpkernels.tapped.forms import Form
 from dpkernels.tapped.gather import Bag, Gather
 from dpkernels.tapped.graph import Graph
+from dpkernels.tapped.product_form import Product, gradient_size
+from dpkernels.tapped.row_forms import Counted, Gram, Merged, Outer
 
 # What moving a byte to and from memory costs, in floating point operations of a matrix product:
 # gradients of all examples are written once and read twice. Measured on two cores of a server
