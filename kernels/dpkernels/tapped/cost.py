@@ -19,6 +19,8 @@ from dpkernels.tapped.row_forms import Counted, Gram, Merged, Outer
 _FLOPS_PER_BYTE = {"cpu": 60.0, "gpu": 12.0, "tpu": 100.0}
 # Gradients of all examples are held at once up to so many bytes, otherwise formed twice.
 _STORE_AT_MOST = 256 * 2**20
+# On a CPU one product takes all cores, and more of them in a loop's turn take longer to compile.
+_UNROLLED = {"cpu": 1, "gpu": 4, "tpu": 4}
 
 
 def choose(block: Block, graph: Graph, batch_size: int, platform: str, strategy: str) -> Form:
@@ -40,7 +42,7 @@ def choose(block: Block, graph: Graph, batch_size: int, platform: str, strategy:
 
 
 def _options(block: Block, graph: Graph, batch_size: int, platform: str) -> list[Form]:
-    product = _product(block, graph, batch_size)
+    product = _product(block, graph, batch_size, platform)
     options: list[Form] = [product]
     rules = [use.rule for use in block.uses if isinstance(use.rule, Dense | Conv | Gather)]
     swapped = are_comparable(block.uses) if block.is_view else None
@@ -57,14 +59,15 @@ def _options(block: Block, graph: Graph, batch_size: int, platform: str) -> list
     return [*options, _gram(block, rules, swapped, product)]
 
 
-def _product(block: Block, graph: Graph, batch_size: int) -> Product:
+def _product(block: Block, graph: Graph, batch_size: int, platform: str) -> Product:
     size = gradient_size(block, graph)
     is_stored = 4 * size * batch_size <= _STORE_AT_MOST
     flops = _plain(block.uses) + 4 * size
     moved = 4.0 * size
     if any(isinstance(use.rule, Gather) for use in block.uses):
         moved *= 3  # Zeros are written first, and rows added to them.
-    return Product(block, flops if is_stored else 2 * flops, moved, is_stored)
+    unrolled = _UNROLLED.get(platform, _UNROLLED["gpu"])
+    return Product(block, flops if is_stored else 2 * flops, moved, is_stored, unrolled)
 
 
 def _outer(block: Block, rule: Dense) -> Outer:

@@ -22,8 +22,6 @@ from dpkernels.tapped.views import carry_back, from_memory_order, in_memory_orde
 
 # As `AT_ONCE`, for what is seldom run, and must cost no memory.
 _CAREFULLY_AT_ONCE = 2**20
-# Products of single examples that are written out side by side, so that they can run side by side.
-_UNROLLED = 4
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,12 @@ class Product(Form):
 
     Attributes:
         is_stored: Whether they are kept for the clipped sum.
+        unrolled: How many products that are written out one by one go into one turn of a loop.
     """
 
     name: ClassVar[str] = "product"
     is_stored: bool
+    unrolled: int
 
     def fast(self, values: Values, limit: jax.Array) -> Found:
         def of_part(part: Any) -> tuple[Arrays, Arrays]:
@@ -111,7 +111,7 @@ class Product(Form):
         size = 4 * max(1, gradient_size(self.block, values.graph))
         most = max(1, (_CAREFULLY_AT_ONCE if carefully else AT_ONCE) // size)
         is_unrolled = any(isinstance(use.rule, Dense | Conv) for use in self.block.uses)
-        return min(most, 1 if carefully else _UNROLLED) if is_unrolled else most
+        return min(most, 1 if carefully else self.unrolled) if is_unrolled else most
 
     def _products(self, values: Values, part: Any) -> Arrays:
         """Returns the gradient of every example: one array for a view, or one a parameter."""
