@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.measure import spread
-from benchmarks.targets import geometric_mean, overhead, ratio, verdicts
+from benchmarks.targets import geometric_mean, limits, overhead, ratio, verdicts
 
 Record = Mapping[str, Any]
 Cells = Iterable[str]
@@ -37,6 +37,7 @@ def markdown(report: Record) -> str:
         _table_of_bridge(rows),
         "## Targets",
         _table_of_targets(rows),
+        _table_of_limits(rows),
         "## Left out",
         _refusals(rows),
     ]
@@ -138,6 +139,12 @@ def _table_of_targets(rows: Record) -> str:
         for verdict in verdicts(rows)
     ]
     return _table(["dpbridge", "row", "figure", "target", ""], lines)
+
+
+def _table_of_limits(rows: Record) -> str:
+    note = "What bounds them (geometric means); for the rest see `benchmarks/FINDINGS.md`."
+    lines = [[what, f"{_number(figure)} ×"] for what, figure in limits(rows).items()]
+    return f"{note}\n\n{_table(['bound', 'figure'], lines)}"
 
 
 def _refusals(rows: Record) -> str:

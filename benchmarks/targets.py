@@ -87,6 +87,22 @@ def overhead(row: Record) -> Overhead | None:
     )
 
 
+def limits(rows: Mapping[str, Record]) -> dict[str, float | None]:
+    """Returns what no work on the kernel alone can change, geometric means, by what they are."""
+    every = rows.values()
+    return {
+        "time of JAX without privacy, over torch": geometric_mean(
+            ratio(row, "jax", "torch") for row in every
+        ),
+        "operations of dpbridge, over JAX without privacy": geometric_mean(
+            _over(_of(row, "ours", "flops"), _of(row, "jax", "flops")) for row in every
+        ),
+        "time over the best of Opacus, were it torch's without privacy": geometric_mean(
+            _over(seconds(row, "torch"), best(row, OPACUS)) for row in every
+        ),
+    }
+
+
 def verdicts(rows: Mapping[str, Record]) -> list[Verdict]:
     """Holds the figures against the targets."""
     return [
@@ -141,8 +157,12 @@ def _verdict(target: str, row: str, figure: float | None, bound: float, unit: st
 
 
 def _temporaries(row: Record) -> float | None:
-    ours, jax = (row["contenders"].get(name, {}) for name in ("ours", "jax"))
-    return _over(ours.get("temporary_bytes"), jax.get("temporary_bytes"))
+    return _over(_of(row, "ours", "temporary_bytes"), _of(row, "jax", "temporary_bytes"))
+
+
+def _of(row: Record, name: str, what: str) -> float | None:
+    found: float | None = row["contenders"].get(name, {}).get(what)
+    return found
 
 
 def _over_best(row: Record, names: Iterable[str]) -> float | None:

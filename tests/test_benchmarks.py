@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,13 @@ def test_report_holds_table_targets_and_chart(results):
     assert "| dpbridge |" in text
     assert "| time over torch eager | geometric mean |" in text
     assert (results / "tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_says_what_bounds_the_figures(results, row):
+    text = (results / "tiny.md").read_text()
+    torch, jax, ours = (row["contenders"][name] for name in ("torch", "jax", "ours"))
+    times = [statistics.median(found["seconds"]) for found in (jax, torch)]
+    assert f"| time of JAX without privacy, over torch | {times[0] / times[1]:.3g} × |" in text
+    assert f"over JAX without privacy | {ours['flops'] / jax['flops']:.3g} × |" in text
+    # Of Opacus nobody takes part: it is not installed.
+    assert "were it torch's without privacy | – × |" in text
