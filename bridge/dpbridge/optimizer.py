@@ -25,6 +25,7 @@ from dpbridge.planned_run import PlannedRun, check_layers
 from dpbridge.private_gradient import PrivateGradient
 from dpbridge.private_loop import REDUCTIONS, PrivateLoop
 from dpbridge.scaling import ScaledOptimizer
+from dpbridge.threads import one_thread_for_few
 from dpbridge.trainable import (
     check_model,
     check_optimizer,
@@ -417,7 +418,8 @@ class DPOptimizer(Optimizer):
         for name, parameter in grouped.items():
             # One that was frozen since the last step keeps no gradient, whosever it is.
             parameter.grad = released.get(name)
-        self.base_optimizer.step()
+        with one_thread_for_few(grouped.values()):
+            self.base_optimizer.step()
         self._released = {n: (grad.data_ptr(), grad._version) for n, grad in released.items()}
         return result
 
