@@ -1,5 +1,6 @@
 """Slow and obvious references: float64, one example at a time, no code under test."""
 
+import importlib.metadata
 import math
 
 import numpy as np
@@ -9,9 +10,11 @@ QUICK_TO_COMPILE = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-# A third of that again, by another code generator for fusions than is in use. For references, and
-# for the lowering of torch's ops: a wrong rule is wrong whatever XLA makes of it.
-QUICKEST_TO_COMPILE = {**QUICK_TO_COMPILE, "xla_cpu_use_fusion_emitters": False}
+# A third of that again, by another code generator for fusions than is in use, up to jaxlib 0.10.
+# For references, and the lowering of torch's ops: a wrong rule is wrong whatever XLA makes of it.
+QUICKEST_TO_COMPILE = dict(QUICK_TO_COMPILE)
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    QUICKEST_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 def clipped_sum(gradients, l2_clip_norm, *, rescale=False, normalize_by=1.0):

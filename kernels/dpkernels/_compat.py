@@ -36,3 +36,11 @@ def inner_jaxpr(eqn: Any) -> jexc.ClosedJaxpr:
     inner = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
     # `remat` holds a jaxpr without its constants, because it has none.
     return inner if isinstance(inner, jexc.ClosedJaxpr) else jexc.ClosedJaxpr(inner, ())
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """Returns how many operands of a scan are constants, and how many its carry."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()  # From jax 0.11 on.
+    return len(consts), len(carry)

@@ -11,7 +11,7 @@ import jax.extend.core as jexc
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
-from dpkernels._compat import bind, inner_jaxpr
+from dpkernels._compat import bind, inner_jaxpr, scan_counts
 
 _CALLS = frozenset({primitives.jit_p, primitives.remat_p, primitives.closed_call_p})
 
@@ -326,13 +326,12 @@ class _Reader:
         return output
 
     def _can_enter(self, eqn: Any, inputs: list[Atom]) -> bool:
-        first = eqn.params["num_consts"] + eqn.params["num_carry"]
-        return not any(self.is_trainable(atom) for atom in inputs[first:])
+        return not any(self.is_trainable(atom) for atom in inputs[sum(scan_counts(eqn)) :])
 
     def _loop(
         self, eqn: Any, inputs: list[Atom], steps: list[Step], loops: tuple[int, ...]
     ) -> Sequence[Atom]:
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        num_consts, num_carry = scan_counts(eqn)
         carry = slice(num_consts, num_consts + num_carry)
         inputs[carry] = [self.joined(atom, steps, loops) for atom in inputs[carry]]
         inside: list[Atom] = [

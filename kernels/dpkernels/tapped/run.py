@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpkernels._compat import bind
+from dpkernels._compat import bind, scan_counts
 from dpkernels.tapped.graph import Level, Loop, Outer, Plain, Site, Value
 
 PyTree = Any
@@ -86,11 +86,12 @@ def _loop(
     params = step.eqn.params
     length = params["length"]
     num_local = len(step.body.inputs)
-    num_xs = len(step.eqn.invars) - params["num_consts"] - params["num_carry"]
-    first = num_local - num_xs - params["num_carry"]
+    num_consts, num_carry = scan_counts(step.eqn)
+    num_xs = len(step.eqn.invars) - num_consts - num_carry
+    first = num_local - num_xs - num_carry
     last = num_local - num_xs
     consts, carry, xs = operands[:first], operands[first:last], operands[last:]
-    kinds = [var.aval.dtype for var in step.eqn.invars[params["num_consts"] :]]
+    kinds = [var.aval.dtype for var in step.eqn.invars[num_consts:]]
 
     def body(carry: list[Any], turn: tuple[list[Any], list[Any]]) -> Any:
         xs, taps = turn
@@ -101,7 +102,7 @@ def _loop(
     carry, (ys, kept) = lax.scan(
         body,
         _typed(carry, kinds),
-        (_typed(xs, kinds[params["num_carry"] :]), taps),
+        (_typed(xs, kinds[num_carry:]), taps),
         length,
         reverse=params["reverse"],
         unroll=params["unroll"],

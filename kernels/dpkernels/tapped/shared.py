@@ -9,6 +9,7 @@ import dataclasses
 
 from jax.extend.core import primitives
 
+from dpkernels._compat import scan_counts
 from dpkernels.tapped.graph import Atom, Level, Local, Loop, Plain, Site, Step
 
 
@@ -46,8 +47,7 @@ def _split(step: Step) -> list[tuple[Atom, int]]:
     """Returns what a loop takes turn by turn, and what that is inside."""
     if not isinstance(step, Loop):
         return []
-    params = step.eqn.params
-    count = len(step.eqn.invars) - params["num_consts"] - params["num_carry"]
+    count = len(step.eqn.invars) - sum(scan_counts(step.eqn))
     pairs = list(zip(step.inputs, step.body.inputs, strict=True))
     return pairs[len(pairs) - count :]
 
