@@ -51,7 +51,7 @@ class Verdict(NamedTuple):
 
 def seconds(row: Record, name: str) -> float | None:
     """Returns the median time of a contender, None if it has none on this row."""
-    found = row["contenders"].get(name, {}).get("seconds")
+    found = _of(row, name, "seconds")
     return spread(found).median if found else None
 
 
@@ -160,9 +160,8 @@ def _temporaries(row: Record) -> float | None:
     return _over(_of(row, "ours", "temporary_bytes"), _of(row, "jax", "temporary_bytes"))
 
 
-def _of(row: Record, name: str, what: str) -> float | None:
-    found: float | None = row["contenders"].get(name, {}).get(what)
-    return found
+def _of(row: Record, name: str, what: str) -> Any:
+    return row["contenders"].get(name, {}).get(what)
 
 
 def _over_best(row: Record, names: Iterable[str]) -> float | None:

@@ -120,7 +120,7 @@ class ClippedSum:
                     is_padding_example,
                     streams,
                     np.float64(l2_clip_norm),
-                    lasting_to_jax(second_moments or {}),
+                    to_jax(dict(second_moments or {})),
                     np.bool_(randomness),
                 )
             )
@@ -150,7 +150,7 @@ class ClippedSum:
             lasting_to_jax(self._frozen),
             rows,
             1.0,
-            lasting_to_jax(second_moments or {}),
+            to_jax(dict(second_moments or {})),
             np.bool_(False),
         )
         return clipped_grad.explain(wide, keys_of(streams), rows)

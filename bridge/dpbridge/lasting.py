@@ -63,15 +63,9 @@ def _to_jax(tensor: torch.Tensor) -> jax.Array:
         return kept.array
     array = to_jax(tensor)
     if _place(to_torch(array)) == place:  # Otherwise it is a copy.
-        _keep(tensor, _Kept(weakref.ref(tensor), place, array))
+        key = id(tensor)
+        _kept[key] = _Kept(weakref.ref(tensor, lambda _: _kept.pop(key, None)), place, array)
     return array
-
-
-def _keep(tensor: torch.Tensor, kept: _Kept) -> None:
-    key = id(tensor)
-    if key not in _kept or _kept[key].tensor() is not tensor:
-        weakref.finalize(tensor, _kept.pop, key, None).atexit = False
-    _kept[key] = kept
 
 
 def _place(tensor: torch.Tensor) -> _Place:

@@ -15,7 +15,6 @@ from dpbridge._compat import x64
 from dpbridge.batches import Batch, pad, padded_size
 from dpbridge.clipped_sum import Arrays, settle
 from dpbridge.exchange import finish, to_jax
-from dpbridge.lasting import lasting_to_jax
 from dpbridge.mechanism import Mechanism
 from dpbridge.parts import BatchPart, Part, Summing
 from dpbridge.programs import Programs
@@ -166,7 +165,7 @@ class PrivateGradient:
             sums = self.take_sums(trainable)
             noised = self.mechanism.noised(sums, self.seed, self.steps)
             if self.scaling is not None:
-                moments = lasting_to_jax(self._second_moments(trainable))
+                moments = to_jax(self._second_moments(trainable))
                 noised = self.scaling.transform(moments)(noised, inverse=True)
             self.steps += 1
             dtypes = {name: parameter.dtype for name, parameter in trainable.items()}

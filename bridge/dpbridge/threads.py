@@ -6,7 +6,7 @@ case there is another. The base optimizer's step is such an operation, and what 
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -24,12 +24,9 @@ def one_thread_for_few(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     Args:
         parameters: What is updated inside.
     """
-    tensors = list(parameters)
-    is_small = sum(tensor.numel() for tensor in tensors) <= _AT_MOST
-    is_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     is_passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
     threads = torch.get_num_threads()
-    if threads == 1 or is_passive or not (is_small and is_on_cpu):
+    if threads == 1 or is_passive or not _are_few(list(parameters)):
         yield
         return
     try:
@@ -37,3 +34,8 @@ def one_thread_for_few(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _are_few(tensors: Sequence[torch.Tensor]) -> bool:
+    is_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    return is_on_cpu and sum(tensor.numel() for tensor in tensors) <= _AT_MOST

@@ -38,9 +38,10 @@ def inner_jaxpr(eqn: Any) -> jexc.ClosedJaxpr:
     return inner if isinstance(inner, jexc.ClosedJaxpr) else jexc.ClosedJaxpr(inner, ())
 
 
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """Returns how many operands of a scan are constants, and how many its carry."""
+def scan_counts(eqn: Any) -> tuple[int, int, int]:
+    """Returns how many operands of a scan are constants, its carry, and taken turn by turn."""
     if "num_consts" in eqn.params:
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, _ = eqn.params["ft_in"].unpack()  # From jax 0.11 on.
-    return len(consts), len(carry)
+        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    else:  # From jax 0.11 on.
+        num_consts, num_carry = map(len, eqn.params["ft_in"].unpack()[:2])
+    return num_consts, num_carry, len(eqn.invars) - num_consts - num_carry

@@ -326,12 +326,13 @@ class _Reader:
         return output
 
     def _can_enter(self, eqn: Any, inputs: list[Atom]) -> bool:
-        return not any(self.is_trainable(atom) for atom in inputs[sum(scan_counts(eqn)) :])
+        num_consts, num_carry, _ = scan_counts(eqn)
+        return not any(self.is_trainable(atom) for atom in inputs[num_consts + num_carry :])
 
     def _loop(
         self, eqn: Any, inputs: list[Atom], steps: list[Step], loops: tuple[int, ...]
     ) -> Sequence[Atom]:
-        num_consts, num_carry = scan_counts(eqn)
+        num_consts, num_carry, _ = scan_counts(eqn)
         carry = slice(num_consts, num_consts + num_carry)
         inputs[carry] = [self.joined(atom, steps, loops) for atom in inputs[carry]]
         inside: list[Atom] = [

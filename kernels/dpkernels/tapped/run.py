@@ -86,8 +86,7 @@ def _loop(
     params = step.eqn.params
     length = params["length"]
     num_local = len(step.body.inputs)
-    num_consts, num_carry = scan_counts(step.eqn)
-    num_xs = len(step.eqn.invars) - num_consts - num_carry
+    num_consts, num_carry, num_xs = scan_counts(step.eqn)
     first = num_local - num_xs - num_carry
     last = num_local - num_xs
     consts, carry, xs = operands[:first], operands[first:last], operands[last:]

@@ -47,7 +47,7 @@ def _split(step: Step) -> list[tuple[Atom, int]]:
     """Returns what a loop takes turn by turn, and what that is inside."""
     if not isinstance(step, Loop):
         return []
-    count = len(step.eqn.invars) - sum(scan_counts(step.eqn))
+    _, _, count = scan_counts(step.eqn)
     pairs = list(zip(step.inputs, step.body.inputs, strict=True))
     return pairs[len(pairs) - count :]
 
