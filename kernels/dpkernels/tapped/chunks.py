@@ -23,6 +23,11 @@ def map_examples(fun: Callable[[PyTree], PyTree], rows: PyTree, at_once: int) ->
         return fun(rows)
     at_once = _even(batch_size, at_once)
     count = batch_size // at_once
+    if at_once == 1:
+        # Without an axis of one, XLA on a CPU would see a view, and write the product out naively.
+        return lax.map(
+            lambda i: jax.tree.map(lambda x: x[0], fun(_part(rows, i, 1))), jnp.arange(count)
+        )
     mapped = lax.map(lambda i: fun(_part(rows, i * at_once, at_once)), jnp.arange(count))
     mapped = jax.tree.map(lambda x: x.reshape(count * at_once, *x.shape[2:]), mapped)
     if count * at_once == batch_size:

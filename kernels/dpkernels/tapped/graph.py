@@ -115,11 +115,13 @@ class Level:
         inputs: Indices of the local values that it is given.
         steps: In order of evaluation.
         outputs: What it returns.
+        skips: Values whose gradients are to be computed once, see `once`.
     """
 
     inputs: tuple[int, ...] = ()
     steps: list[Step] = field(default_factory=list)
     outputs: tuple[Atom, ...] = ()
+    skips: frozenset[int] = frozenset()
 
     def sites(self) -> list[Site]:
         """Returns all sites, those of inner loops included, in order."""

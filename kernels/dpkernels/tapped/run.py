@@ -13,6 +13,7 @@ from jax import lax
 
 from dpkernels._compat import bind, scan_counts
 from dpkernels.tapped.graph import Level, Loop, Outer, Plain, Site, Value
+from dpkernels.tapped.once import gradient_once
 
 PyTree = Any
 
@@ -72,6 +73,9 @@ def evaluate(
         else:
             results, kept = _loop(step, outer, operands, tap, bind_local)
         values.update(zip(step.outputs, results, strict=True))
+        for index in level.skips.intersection(step.outputs):
+            if _is_tapped(values[index]):
+                values[index] = gradient_once(values[index])
         saved.append(kept)
     return [read(atom) for atom in level.outputs], saved
 

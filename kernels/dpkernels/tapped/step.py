@@ -19,6 +19,7 @@ from dpkernels.tapped.forms import Arrays, Form, Values
 from dpkernels.tapped.gather import takes_rows
 from dpkernels.tapped.graph import Graph, read
 from dpkernels.tapped.layout import bind_for
+from dpkernels.tapped.once import mark_skips
 from dpkernels.tapped.shared import share_gradients
 from dpkernels.tapped.views import Views
 from dpkernels.tree_clipping import l2_norm, widest
@@ -108,6 +109,8 @@ class Plan:
             keeps_site=_is_lookup,
         )
         self.graph.top, self._shared = share_gradients(with_bags(self.graph.top))
+        if platform == "cpu":
+            self.graph.top = mark_skips(self.graph.top)
         self._num_differentiated = num_differentiated
         self.sites = self.graph.top.sites()
         self._platform, self._batch_size = platform, batch_size
