@@ -194,7 +194,7 @@ def _places(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.where(same, place, first), counts + same.astype(jnp.int32)
 
     zeros = jnp.zeros(index.shape, jnp.int32)
-    return lax.fori_loop(0, count, look_at, (zeros, zeros))
+    return lax.fori_loop(0, count, look_at, (zeros, zeros), unroll=4)
 
 
 def is_bag(eqn: Any) -> bool:

@@ -1,9 +1,8 @@
 """Have XLA on a CPU compute a value once, and not again for each that takes it.
 
 It makes cheap operations part of whatever takes their result, one copy for each. The gradient at a
-residual connection is a sum that ends in such operations, and the next such sum takes it: written
-out at every layer, all sums before it are computed anew, in a transposing copy at that. Twelve
-layers spend more there than in their products.
+residual connection is a sum that ends in such operations, and the next such sum takes it: left
+alone, every layer computes all sums before it anew, and costs more the deeper the model is.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ def once(x: jax.Array) -> jax.Array:
     it is by one, nor that all numbers are alike: until after fusion, when the division goes.
     """
     one = jnp.ones_like(x)
-    # Under vmap, ones alone would have no batch axis, and a number for all examples is made a factor.
+    # Ones alone would have no batch axis under vmap, and one divisor for all is made a factor.
     return x / lax.optimization_barrier(lax.select(x == 0, one, one))
 
 
