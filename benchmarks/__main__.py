@@ -82,8 +82,13 @@ def _machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     described = Path("/proc/cpuinfo")
     if described.exists():
-        found = re.search(r"model name\s*:\s*(.+)", described.read_text())
-        cpu = found.group(1).strip() if found else cpu
+        text = described.read_text()
+        found = [
+            re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
+            for key in ("model name", "cpu family", "model")
+        ]
+        if all(found):  # Virtual machines leave the number out of the name.
+            cpu = "{} (family {}, model {})".format(*(x.group(1).strip() for x in found if x))
     return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
 
 

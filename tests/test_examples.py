@@ -37,8 +37,8 @@ MADE = {
     "huggingface_trainer.py": ("--output", "trainer/checkpoint-8/loader.pt", b"PK"),
 }
 FOLDERS = {"huggingface_trainer.py": "trainer"}  # where the option names one, not the file
-# The main job as a user runs it, and one that is killed. The others run in this process.
-ALONE = {"digits.py", "resume.py"}
+# The main job as a user runs it. The others run in this process.
+ALONE = {"digits.py"}
 NEEDED = {
     "flax_model.py": "flax",
     "lightning_digits.py": "lightning",

@@ -30,7 +30,23 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
     if module.name != "dpbridge.lightning":
         importlib.import_module(module.name)
 preallocate = os.environ.get({preallocate!r})
-print(json.dumps(dict(modules=list(sys.modules), changed=changed, preallocate=preallocate)))
+jax.config.update("jax_platforms", "nowhere")
+try:
+    jax.devices()
+except RuntimeError:
+    has_started = False
+else:
+    has_started = True
+print(
+    json.dumps(
+        dict(
+            modules=list(sys.modules),
+            changed=changed,
+            preallocate=preallocate,
+            has_started=has_started,
+        )
+    )
+)
 """
 
 
@@ -53,10 +69,20 @@ def bridge():
     return import_all("dpbridge")
 
 
-def test_kernels_never_import_torch():
-    modules = import_all("dpkernels")["modules"]
-    assert "dpkernels.clipping" in modules
-    assert not {"torch", "dpbridge"} & set(modules)
+@pytest.fixture(scope="module")
+def kernels():
+    return import_all("dpkernels")
+
+
+def test_kernels_never_import_torch(kernels):
+    assert "dpkernels.clipping" in kernels["modules"]
+    assert not {"torch", "dpbridge"} & set(kernels["modules"])
+
+
+@pytest.mark.parametrize("package", ["bridge", "kernels"])
+def test_importing_does_not_start_jax(package, request):
+    """Where it is started before its settings are, it takes the GPU, and forks are unsafe."""
+    assert not request.getfixturevalue(package)["has_started"]
 
 
 def test_the_bridge_imports_lightning_in_one_place_alone(bridge):
@@ -141,19 +167,3 @@ def test_the_version_is_the_distributions():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert config["metadata"]["version"] == dpbridge.__version__
-
-
-def test_importing_does_not_start_jax():
-    """Where it is started before its settings are, it takes the GPU, and forks are unsafe."""
-    code = """
-import dpbridge, jax
-jax.config.update("jax_platforms", "nowhere")
-try:
-    jax.devices()
-except RuntimeError:
-    print("not started")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout == "not started\n"

@@ -19,6 +19,7 @@ from dpbridge.foreign_gradients import Regularizer
 from dpbridge.journal import Journal, checked_path
 from dpbridge.journal_lines import name_of
 from dpbridge.ledger import Ledger
+from dpbridge.optimizer_state import KEY, VERSION, check_shapes, checked_state, shapes_of
 from dpbridge.plan_ledger import PlanLedger
 from dpbridge.plan_loader import PlanLoader
 from dpbridge.planned_run import PlannedRun, check_layers
@@ -38,9 +39,6 @@ from dpbridge.trainable import (
 from dpkernels import _validate
 from dpkernels.execution_plan import DPExecutionPlan
 from dpkernels.tapped.explain import Explanation
-
-_KEY = "dpbridge"
-_VERSION = 1
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -505,13 +503,13 @@ class DPOptimizer(Optimizer):
         grouped = self._grouped()
         trainable = {name: p for name, p in grouped.items() if p.requires_grad}
         own = {
-            "version": _VERSION,
+            "version": VERSION,
             "ledger": self.ledger.state_dict(),
             "noise": self._gradient.noise_state(trainable),
-            "parameters": _shapes(grouped),
+            "parameters": shapes_of(grouped),
             "journal": self._journal.last if self._journal and self._journal.run else None,
         }
-        return {**self.base_optimizer.state_dict(), _KEY: own}
+        return {**self.base_optimizer.state_dict(), KEY: own}
 
     @_one_at_a_time
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -529,7 +527,7 @@ class DPOptimizer(Optimizer):
             RuntimeError: Between `backward` and `step`.
         """
         self._refuse_mid_step("load_state_dict")
-        own = _checked_state(state_dict)
+        own = checked_state(state_dict)
         gradient, noise = self._gradient, own["noise"]
         is_same_run = noise["seed"] == gradient.seed and noise.get("run") == gradient.mechanism.run
         if self.ledger.steps and not is_same_run:
@@ -538,13 +536,13 @@ class DPOptimizer(Optimizer):
                 " steps made here, which would be forgotten. Load it into a new DPOptimizer."
             )
         grouped = self._grouped()
-        _check_parameters(own.get("parameters"), _shapes(grouped))
+        check_shapes(own.get("parameters"), shapes_of(grouped))
         if self._journal is not None:
             name = name_of(noise["seed"], noise.get("run"))
             self._journal.check_state(name, noise["steps"], own.get("journal"))
         place, restore_ledger = self._run.read_state(own["ledger"], noise["steps"], self._journal)
         go_to_saved_noise = gradient.read_noise_state(noise, self._trainable(grouped))
-        rest = {name: value for name, value in state_dict.items() if name != _KEY}
+        rest = {name: value for name, value in state_dict.items() if name != KEY}
         self.base_optimizer.load_state_dict(rest)
         # The ledger first: an interrupt here must not leave noise that was used uncounted.
         restore_ledger()
@@ -684,64 +682,6 @@ class DPOptimizer(Optimizer):
                 f"`{what}` must not fall between `backward` and `step`, got a sum that is not "
                 "noised yet. Call step() first."
             )
-
-
-def _checked_state(state_dict: Any) -> dict[str, Any]:
-    """Returns a checkpoint's private part, after its form was checked."""
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(
-            f"`state_dict` must be a dict, got {type(state_dict).__name__}. "
-            "Load what DPOptimizer.state_dict returned."
-        )
-    own = state_dict.get(_KEY)
-    parts = {"version", "ledger", "noise"}
-    if (
-        not isinstance(own, dict)
-        or set(own) - {"parameters", "journal"} != parts
-        or not isinstance(own["noise"], dict)
-    ):
-        raise ValueError(
-            f"`state_dict` must hold `{_KEY}` with {', '.join(sorted(parts))}, got {own!r:.80}. "
-            "Load what DPOptimizer.state_dict returned: without its ledger no epsilon holds."
-        )
-    if own["version"] != _VERSION:
-        raise ValueError(
-            f"`state_dict` must be of version {_VERSION}, got {own['version']!r}. "
-            "Load it with the release that wrote it."
-        )
-    missing = {"state", "param_groups"} - set(state_dict)
-    if missing:
-        raise ValueError(
-            f"`state_dict` must hold the wrapped optimizer's {' and '.join(sorted(missing))}, got "
-            "none. Load what DPOptimizer.state_dict returned."
-        )
-    hint = "The checkpoint is damaged."
-    try:
-        steps = _validate.integer("noise.steps", own["noise"].get("steps"), hint, minimum=0)
-        check_seed(own["noise"].get("seed"))
-        if own.get("journal") is not None:
-            _validate.integer("journal", own["journal"], hint, minimum=0)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    if steps >= 2**32:
-        raise ValueError(f"`noise.steps` must be below 2**32, got {steps}. {hint}")
-    return own
-
-
-def _shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[int]]:
-    return {name: list(parameter.shape) for name, parameter in parameters.items()}
-
-
-def _check_parameters(saved: Any, here: dict[str, list[int]]) -> None:
-    """Raises ValueError if a checkpoint is of other parameters; one of old may not say."""
-    if saved is None or saved == here:
-        return
-    others = saved if isinstance(saved, dict) else {}
-    changed = [name for name in {**here, **others} if others.get(name) != here.get(name)]
-    raise ValueError(
-        f"`state_dict` must be of parameters of these names and shapes, got a change of "
-        f"{', '.join(map(str, changed))}. Make the model as it was when it was saved."
-    )
 
 
 def _refuse_given(where: str, **arguments: Any) -> None:

@@ -406,6 +406,8 @@ def kill(tmp_path, kind, kills, seed):
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 
 
+# Crashes are tested above, without a process that starts JAX; and one kill by examples/resume.py.
+@pytest.mark.slow
 @forks
 def test_steps_lost_in_a_kill_are_counted_and_replayed_bit_for_bit(tmp_path):
     found = kill(tmp_path, "planned", kills=1, seed=0)
@@ -413,7 +415,7 @@ def test_steps_lost_in_a_kill_are_counted_and_replayed_bit_for_bit(tmp_path):
     assert found["lost"] >= found["replayed"] >= 5
 
 
-@pytest.mark.slow  # Crashes of such a run are tested above, without a process that starts JAX.
+@pytest.mark.slow
 @forks
 def test_steps_lost_in_a_kill_are_counted_without_a_plan(tmp_path):
     found = kill(tmp_path, "endless", kills=1, seed=0)
