@@ -124,8 +124,7 @@ class Dense:
             is_swapped = min(right_axes, default=0) < min(left_axes, default=0)
         first, second = (right, left) if is_swapped else (left, right)
         total = lax.dot_general(first, second, ((axes, axes), ((), ())), **_exact)
-        # Whoever transposes this, XLA would make that and the product one, with the smaller size
-        # last.
+        # XLA would make this and a transposition that follows one product, in the other order.
         total = lax.optimization_barrier(total)
         return total.T if is_swapped else total
 

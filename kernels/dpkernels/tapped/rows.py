@@ -176,8 +176,7 @@ def outer_norms(left: jax.Array, right: jax.Array, limit: jax.Array) -> Norms:
 
 def squared_norms(array: jax.Array) -> jax.Array:
     """Returns the squared norm of every example's `(batch, ...)`."""
-    # Flat first: a layer's weight and its bias ask for the same, and XLA shall see that.
-    return totals(jnp.square(_flat(array)))
+    return totals(jnp.square(array))
 
 
 def totals(array: jax.Array) -> jax.Array:
@@ -187,14 +186,10 @@ def totals(array: jax.Array) -> jax.Array:
     and where numbers repeat, always to the same side. As products with ones, which XLA on a CPU
     does by vectors: a fifth of what its sums take.
     """
-    sums = _flat(array)
+    sums = array.reshape(array.shape[0], math.prod(array.shape[1:]))
     while sums.shape[1] > _ADDED_AT_ONCE:
         sums = _sums_of_last(_split(sums, _ADDED_AT_FIRST))
     return _sums_of_last(sums)
-
-
-def _flat(array: jax.Array) -> jax.Array:
-    return array.reshape(array.shape[0], math.prod(array.shape[1:]))
 
 
 def _sums_of_last(array: jax.Array) -> jax.Array:
