@@ -1,5 +1,6 @@
 """What every test runs under: the CPU, strict promotion, its own random numbers."""
 
+import itertools
 import os
 import random
 import tempfile
@@ -54,6 +55,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU: set DPBRIDGE_TEST_GPU=1 where there is one")
     if torch is None or not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch sees none")
+
+
+# Linux lets a process map 65530 pieces of memory. A program takes dozens, JAX keeps them all, and
+# where there is no room for the next one the process dies of a segmentation fault.
+_TESTS_BETWEEN_CLEARINGS = 200
+_run = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    if next(_run) % _TESTS_BETWEEN_CLEARINGS == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
