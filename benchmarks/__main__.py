@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.chart import draw
 from benchmarks.contenders import CONTENDERS
+from benchmarks.processor import name_in
 from benchmarks.report import markdown
 from benchmarks.rows import ROWS, TINY
 from benchmarks.run import run_row, set_threads
@@ -82,13 +83,7 @@ def _machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     described = Path("/proc/cpuinfo")
     if described.exists():
-        text = described.read_text()
-        found = [
-            re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
-            for key in ("model name", "cpu family", "model")
-        ]
-        if all(found):  # Virtual machines leave the number out of the name.
-            cpu = "{} (family {}, model {})".format(*(x.group(1).strip() for x in found if x))
+        cpu = name_in(described.read_text()) or cpu
     return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
 
 

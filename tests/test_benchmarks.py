@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -73,3 +74,19 @@ def test_report_says_what_bounds_the_figures(results, row):
     assert f"over JAX without privacy | {ours['flops'] / jax['flops']:.3g} × |" in text
     # Of Opacus nobody takes part: it is not installed.
     assert "were it torch's without privacy | – × |" in text
+
+
+@pytest.mark.parametrize(
+    ("description", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: A B\n",
+            "A B (family 26, model 2)",
+        ),
+        ("processor\t: 0\nmodel name\t: ARMv7 rev 4\n", "ARMv7 rev 4"),
+        ("processor\t: 0\nCPU part\t: 0xd0c\n", None),
+    ],
+)
+def test_processors_are_named_as_far_as_they_say(description, name):
+    name_in = runpy.run_path(str(ROOT / "benchmarks" / "processor.py"))["name_in"]
+    assert name_in(description) == name
