@@ -115,7 +115,8 @@ class Level:
         inputs: Indices of the local values that it is given.
         steps: In order of evaluation.
         outputs: What it returns.
-        skips: Values whose gradients are to be computed once, see `once`.
+        skips: Values whose gradients are to be computed once, see `once`. Those of inputs are, by
+            themselves: nothing here takes them.
     """
 
     inputs: tuple[int, ...] = ()

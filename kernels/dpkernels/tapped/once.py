@@ -47,6 +47,7 @@ def mark_skips(level: Level) -> Level:
         steps.append(step)
         if isinstance(step, Plain) and step.eqn.primitive is primitives.add_p:
             ends = [atom.index for atom in step.inputs if isinstance(atom, Local)]
-            if len(ends) == 2:
+            is_float = jnp.issubdtype(step.eqn.outvars[0].aval.dtype, jnp.inexact)
+            if len(ends) == 2 and is_float:
                 skips.update(end for end in ends if taken[end] > 1)
-    return Level(level.inputs, steps, level.outputs, frozenset(skips))
+    return dataclasses.replace(level, steps=steps, skips=frozenset(skips))

@@ -74,8 +74,7 @@ def evaluate(
             results, kept = _loop(step, outer, operands, tap, bind_local)
         values.update(zip(step.outputs, results, strict=True))
         for index in level.skips.intersection(step.outputs):
-            if _is_tapped(values[index]):
-                values[index] = gradient_once(values[index])
+            values[index] = gradient_once(values[index])
         saved.append(kept)
     return [read(atom) for atom in level.outputs], saved
 
